@@ -1,0 +1,224 @@
+"""Frozen, hashable configurations: what is static under `jax.jit`, and the only place with numeric defaults.
+
+`ModelConfig.from_hf` reads a Hugging Face `config.json` (transformers 4 and 5 spellings). GGUF metadata is first brought into the same form
+(see `weights/gguf.py`), so there is one reading of every architecture.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+from eesd_jax.errors import UserError
+
+# What each supported `model_type` adds to the plain Llama block.
+SUPPORTED_ARCHITECTURES = {
+    "llama": "Llama 1/2/3.x, Vicuna, CodeLlama, TinyLlama, SmolLM2",
+    "mistral": "Mistral (sliding window)",
+    "qwen2": "Qwen2, Qwen2.5 (q/k/v bias)",
+    "qwen3": "Qwen3 (q/k norm)",
+}
+SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")  # and "divisors", which only GGUF files have
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeConfig:
+    """Rotary embedding and its length extension.
+
+    `factor` and the fields after it are read by the kinds that use them: `linear` (Chen et al. 2023), `llama3` (Llama 3.1 release), `yarn`
+    (Peng et al. 2023).
+    """
+
+    theta: float = 10_000.0
+    kind: str = "default"
+    factor: float = 1.0
+    original_context: int = 0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float = 1.0
+    truncate: bool = True
+    divisors: tuple[float, ...] = ()  # one a channel pair, when kind is "divisors"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """The static shape of a target model. Sizes are counts; `windows` has one entry a block (None: attends to everything before it)."""
+
+    architecture: str
+    vocab_size: int
+    num_layers: int
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    norm_eps: float
+    rope: RopeConfig
+    context_length: int
+    tie_embeddings: bool
+    windows: tuple[int | None, ...]
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False
+
+    @classmethod
+    def from_hf(cls, hf: dict[str, Any], source: str) -> "ModelConfig":
+        """Reads the contents of a Hugging Face `config.json`.
+
+        Args:
+          hf: the parsed JSON object.
+          source: where it came from, for error messages.
+
+        Raises:
+          UserError: an architecture, rope kind or activation that is not supported, or a field missing or contradictory.
+        """
+        kind = hf.get("model_type")
+        if kind not in SUPPORTED_ARCHITECTURES:
+            supported = "; ".join(f"{name}: {what}" for name, what in SUPPORTED_ARCHITECTURES.items())
+            raise UserError(f"{source}: architecture {kind!r} is not supported; supported are {supported}")
+        activation = hf.get("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise UserError(f"{source}: hidden_act {activation!r} is not supported; expected 'silu'")
+
+        def size(name: str, default: int | None = None) -> int:
+            value = hf.get(name)
+            value = default if value is None else value
+            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+                raise UserError(f"{source}: {name} is {value!r}; expected a positive integer")
+            return value
+
+        hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
+        num_layers, num_kv_heads = size("num_hidden_layers"), size("num_key_value_heads", default=num_heads)
+        if num_heads % num_kv_heads:
+            raise UserError(f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+        if not hf.get("head_dim") and hidden_size % num_heads:
+            raise UserError(
+                f"{source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
+            )
+        head_dim = size("head_dim", default=hidden_size // num_heads)
+        if head_dim % 2:
+            raise UserError(f"{source}: head_dim is {head_dim}; rotary embeddings need an even number")
+        context_length = size("max_position_embeddings")
+        attention_bias = bool(hf.get("attention_bias", False))
+        return cls(
+            architecture=kind,
+            vocab_size=size("vocab_size"),
+            num_layers=num_layers,
+            hidden_size=hidden_size,
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_dim=head_dim,
+            intermediate_size=size("intermediate_size"),
+            norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
+            rope=_rope_from_hf(hf, context_length, source),
+            context_length=context_length,
+            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            windows=_windows_from_hf(hf, kind, num_layers, source),
+            qkv_bias=attention_bias or kind == "qwen2",
+            out_bias=attention_bias and kind in ("llama", "qwen3"),
+            mlp_bias=bool(hf.get("mlp_bias", False)) and kind == "llama",
+            qk_norm=kind == "qwen3",
+        )
+
+
+def _rope_from_hf(hf: dict[str, Any], context_length: int, source: str) -> RopeConfig:
+    # transformers 5 writes rope_parameters (theta included); 4 wrote rope_theta and rope_scaling.
+    parameters = hf.get("rope_parameters") or {}
+    scaling = parameters or hf.get("rope_scaling") or {}
+    theta = parameters.get("rope_theta", hf.get("rope_theta", RopeConfig.theta))
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "divisors":
+        return RopeConfig(theta=float(theta), kind=kind, divisors=tuple(scaling["divisors"]))
+    if kind not in SUPPORTED_ROPE:
+        raise UserError(f"{source}: rope scaling {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE)}")
+    partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    if partial != 1.0:
+        raise UserError(f"{source}: partial_rotary_factor is {partial}; only 1.0 is supported")
+    if kind == "default":
+        return RopeConfig(theta=float(theta))
+    if "factor" not in scaling:
+        raise UserError(f"{source}: rope scaling {kind!r} has no 'factor'")
+    factor = float(scaling["factor"])
+    original = scaling.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
+    if kind == "llama3" and not original:
+        raise UserError(f"{source}: rope scaling 'llama3' has no 'original_max_position_embeddings'")
+    given = {name: float(scaling[name]) for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow") if scaling.get(name)}
+    return RopeConfig(
+        theta=float(theta),
+        kind=kind,
+        factor=factor,
+        original_context=int(original or context_length),
+        attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
+        truncate=bool(scaling.get("truncate", True)),
+        **given,
+    )
+
+
+def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
+    """The scale of cos and sin: 0.1 ln(factor) + 1 (YaRN, equation 22), or what the config gives in its place."""
+
+    def mscale(scale: float, weight: float) -> float:
+        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(factor, scaling["mscale"]) / mscale(factor, scaling["mscale_all_dim"])
+    return mscale(factor, 1.0)
+
+
+def _windows_from_hf(hf: dict[str, Any], kind: str, num_layers: int, source: str) -> tuple[int | None, ...]:
+    window = hf.get("sliding_window")
+    if kind.startswith("qwen") and not hf.get("use_sliding_window", False):
+        window = None
+    if kind == "llama" or window is None:
+        return (None,) * num_layers
+    if layer_types := hf.get("layer_types"):
+        if len(layer_types) != num_layers:
+            raise UserError(f"{source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
+        return tuple(window if name == "sliding_attention" else None for name in layer_types)
+    first_windowed = hf.get("max_window_layers", 0) if kind.startswith("qwen") else 0
+    return tuple(window if layer >= first_windowed else None for layer in range(num_layers))
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingConfig:
+    """How a token is drawn. Temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 switch a filter off.
+
+    Filters apply in this order, as in transformers: temperature, top-k, top-p, min-p.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def __post_init__(self):
+        if not (math.isfinite(self.temperature) and self.temperature >= 0):
+            raise UserError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
+        if self.top_k < 0:
+            raise UserError(f"top_k is {self.top_k}; expected an integer >= 0 (0 switches it off)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p is {self.top_p}; expected a number in (0, 1] (1 switches it off)")
+        if not 0 <= self.min_p < 1:
+            raise UserError(f"min_p is {self.min_p}; expected a number in [0, 1) (0 switches it off)")
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeConfig:
+    """Shapes and pacing of generation.
+
+    Every program is compiled for one (batch, prompt bucket, capacity bucket), so a prompt of another length seldom compiles anything.
+    """
+
+    max_new_tokens: int = 256
+    batch_size: int = 1
+    seed: int = 0
+    # Prompts are right-padded to one of these; longer ones are run in chunks of the last.
+    prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
+    # Capacities (prompt + budget, in tokens) are rounded up to the smallest capacity times a power of two.
+    min_capacity: int = 256
+    # Tokens between two looks of the host while streaming or watching for stop strings.
+    stream_chunk: int = 8

@@ -1,0 +1,288 @@
+"""Text in, text out: the library's front door. Tokenizes, pads to buckets, runs the jitted programs of `decode/loop.py`, and reads results.
+
+lm = eesd_jax.load("demo")
+print(lm.generate("Why is the sky blue?").text)
+for piece in lm.stream("Tell me a story."): print(piece, end="", flush=True)
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from eesd_jax.config import DecodeConfig, SamplingConfig
+from eesd_jax.decode import loop
+from eesd_jax.decode.sampling import Sampling
+from eesd_jax.errors import UserError
+from eesd_jax.streaming import TextStream
+from eesd_jax.weights import hub
+from eesd_jax.weights.load import LoadedModel, load_model
+
+Messages = Sequence[dict[str, str]]
+Prompt = str | Messages
+
+_prefill = jax.jit(loop.prefill, static_argnames=("config", "capacity", "chunk"))
+_decode = jax.jit(loop.decode, static_argnames=("config", "eos_ids"), donate_argnames=("state",))
+
+_FINISH_REASONS = {loop.EOS: "eos", loop.LENGTH: "length", loop.STOPPED: "stop"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What one prompt gave.
+
+    Attributes:
+      text: without special tokens, cut before a stop string.
+      token_ids: new tokens; the last one is the EOS or the token that completed a stop string, where that ended the text.
+      prompt_tokens: length of the prompt in tokens.
+      finish_reason: "eos", "stop" or "length" (budget or context used up).
+      rounds: passes of the whole model over this row's new tokens; one a token in plain decoding.
+      seconds: wall time of the batch that the row was in, compilation included, until this row ended.
+      first_token_seconds: wall time until the batch's first token.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    rounds: int
+    seconds: float
+    first_token_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds
+
+
+@dataclasses.dataclass
+class _Row:
+    """Host side of one running row: its text, and when it ended."""
+
+    text: TextStream
+    prompt_tokens: int
+    finish: int = loop.RUNNING
+    seconds: float = 0.0
+
+
+def load(
+    model: str = hub.DEMO_NAME,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    decode_config: DecodeConfig = DecodeConfig(),
+) -> "Engine":
+    """Loads a model, ready to generate.
+
+    Args:
+      model: `demo` (built in), a Hugging Face folder, a GGUF file, or a hub id.
+      dtype: "float32" or "bfloat16"; by default float32 on CPU and bfloat16 elsewhere.
+      mesh: a `data` x `fsdp` x `tensor` mesh to place the weights on; by default one device.
+      decode_config: defaults of generation and its buckets.
+
+    Raises:
+      UserError: the model cannot be found or used; the message says why.
+    """
+    use_compilation_cache()
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return Engine(load_model(model, jnp.dtype(dtype), mesh), decode_config)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache, so that a second start is quick; a folder that the user configured is left alone."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Engine:
+    """A loaded model that generates text."""
+
+    def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig()):
+        self.model = model
+        self.decode_config = decode_config
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.model.tokenizer.chat_template)
+
+    def encode(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
+        """Token ids of a prompt: through the chat template (messages, or a text as one user message) or as plain text.
+
+        Args:
+          prompt: a text, or messages with `role` and `content`.
+          chat: whether a text goes through the chat template; by default if the model has one.
+
+        Raises:
+          UserError: messages or chat=True without a template, messages that the template refuses, an empty prompt, or one
+            longer than the context.
+        """
+        tokenizer, context = self.model.tokenizer, self.model.config.context_length
+        chat = self.has_chat_template if chat is None else chat
+        if chat or not isinstance(prompt, str):
+            if not self.has_chat_template:
+                raise UserError("this model has no chat template; expected a plain text prompt (chat off)")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # templates raise whatever jinja2 or their author chose
+                raise UserError(f"the model's chat template refuses these messages: {error}") from None
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = tokenizer(prompt).input_ids
+        if not ids:
+            raise UserError(f"prompt {prompt!r} has no tokens; expected some text")
+        if len(ids) >= context:
+            raise UserError(f"prompt has {len(ids)} tokens; the model's context is {context}, of which at least one must be left")
+        return ids
+
+    def generate(self, prompt: Prompt, *, seed: int | None = None, chat: bool | None = None, **options) -> Generation:
+        """Generates one text; see `generate_ids` for the options."""
+        seed = self.decode_config.seed if seed is None else seed
+        return self.generate_ids([self.encode(prompt, chat=chat)], seeds=[seed], **options)[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None, chat: bool | None = None, **options
+    ) -> list[Generation]:
+        """Generates one text a prompt, all in one batch; row i draws with `seeds[i]`, by default the configured seed + i."""
+        seeds = [self.decode_config.seed + i for i in range(len(prompts))] if seeds is None else seeds
+        return self.generate_ids([self.encode(prompt, chat=chat) for prompt in prompts], seeds=seeds, **options)
+
+    def stream(self, prompt: Prompt, *, seed: int | None = None, chat: bool | None = None, **options) -> Iterator[str]:
+        """Generates one text and yields it in pieces that never split a character; the generator's return value is the `Generation`."""
+        seed = self.decode_config.seed if seed is None else seed
+        run = self._run([self.encode(prompt, chat=chat)], [seed], chunk=self.decode_config.stream_chunk, **options)
+        while True:
+            try:
+                piece = next(run)[0]
+            except StopIteration as end:
+                return end.value[0]
+            if piece:
+                yield piece
+
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], stop: Sequence[str] = (), **options
+    ) -> list[Generation]:
+        """Generates from token ids, all prompts in one batch.
+
+        Args:
+          prompts: token ids of each row.
+          seeds: one a row; what a row draws depends on its seed and its prompt, not on its batch.
+          stop: strings that end a text; they are cut off.
+          sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
+          max_new_tokens (int): budget of each row, by default the configured one.
+          batch_size (int): rows of the compiled program; empty rows are added up to it.
+        """
+        # Stop strings are text, which only the host can see: it looks every few tokens. Without them it need not look before the end.
+        run = self._run(prompts, seeds, chunk=self.decode_config.stream_chunk if stop else None, stop=stop, **options)
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        chunk: int | None,
+        stop: Sequence[str] = (),
+        sampling: SamplingConfig = SamplingConfig(),
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+    ) -> Iterator[list[str]]:
+        """Yields each row's new text after every call of the loop, and returns the generations."""
+        started = time.perf_counter()
+        model, options = self.model, self.decode_config
+        budget = options.max_new_tokens if max_new_tokens is None else max_new_tokens
+        batch = max(batch_size or 1, len(prompts))
+        if budget < 1:
+            raise UserError(f"max_new_tokens is {budget}; expected an integer >= 1")
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; expected one each")
+        state = self._start(prompts, seeds, batch, budget)
+        settings = _sampling_arrays(sampling, batch)
+        rows = [_Row(TextStream(model.tokenizer, stop), len(prompt)) for prompt in prompts]
+        first_token_seconds = 0.0
+        steps = 1  # the first token alone, so that its time is seen
+        while any(row.finish == loop.RUNNING for row in rows):
+            state = _decode(model.config, model.eos_ids, model.params, settings, state, jnp.int32(steps))
+            tokens, length, finish = jax.device_get((state.tokens, state.length, state.finish))
+            elapsed = time.perf_counter() - started
+            first_token_seconds = first_token_seconds or elapsed
+            yield [_take(row, tokens[i], length[i], finish[i], elapsed) for i, row in enumerate(rows)]
+            if any(row.finish != finish[i] for i, row in enumerate(rows)):
+                ends = np.array([row.finish for row in rows] + [loop.LENGTH] * (batch - len(rows)), np.int32)
+                state = state._replace(finish=jnp.asarray(ends))
+            steps = chunk or budget
+        return [
+            Generation(
+                text=row.text.text,
+                token_ids=tokens[i, row.prompt_tokens :][: row.text.num_tokens].tolist(),
+                prompt_tokens=row.prompt_tokens,
+                finish_reason=_FINISH_REASONS[row.finish],
+                rounds=row.text.num_tokens,
+                seconds=row.seconds,
+                first_token_seconds=first_token_seconds,
+            )
+            for i, row in enumerate(rows)
+        ]
+
+    def _start(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int) -> loop.DecodeState:
+        """Pads the prompts to their bucket and prefills."""
+        options, context = self.decode_config, self.model.config.context_length
+        lengths = np.array([len(prompt) for prompt in prompts] + [1] * (batch - len(prompts)), np.int32)
+        limits = np.array([min(len(prompt) + budget, context) for prompt in prompts] + [1] * (batch - len(prompts)), np.int32)
+        padded, capacity = bucket_shapes(options, int(lengths.max()), int(limits.max()))
+        tokens = np.zeros((batch, padded), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        keys = jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * (batch - len(prompts)), jnp.uint32))
+        return _prefill(
+            self.model.config,
+            self.model.params,
+            tokens,
+            lengths,
+            limits,
+            keys,
+            capacity=capacity,
+            chunk=options.prompt_buckets[-1],
+        )
+
+
+def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) -> tuple[int, int]:
+    """Padded prompt length and cache capacity, in tokens, for a batch: few values, so that few programs are compiled."""
+    bucket = next((size for size in config.prompt_buckets if longest_prompt <= size), longest_prompt)
+    capacity = config.min_capacity
+    while capacity < max(bucket, longest_text):
+        capacity *= 2
+    return (bucket if longest_prompt <= config.prompt_buckets[-1] else capacity), capacity
+
+
+@functools.cache
+def _sampling_arrays(config: SamplingConfig, batch: int) -> Sampling:
+    return Sampling(
+        temperature=jnp.full(batch, config.temperature, jnp.float32),
+        top_k=jnp.full(batch, config.top_k, jnp.int32),
+        top_p=jnp.full(batch, config.top_p, jnp.float32),
+        min_p=jnp.full(batch, config.min_p, jnp.float32),
+    )
+
+
+def _take(row: _Row, tokens_S: np.ndarray, length: int, finish: int, elapsed: float) -> str:
+    """Moves a row's new tokens into its text, ends the row where they end it, and returns the text to show."""
+    if row.finish != loop.RUNNING:
+        return ""
+    piece = row.text.push(tokens_S[row.prompt_tokens + row.text.num_tokens : length])
+    if finish != loop.RUNNING and not row.text.stopped:
+        piece += row.text.close()
+    row.finish = loop.STOPPED if row.text.stopped else int(finish)
+    row.seconds = elapsed
+    return piece

@@ -1,0 +1,52 @@
+"""The key/value cache: one array per block and kind, so that a step updates each in place.
+
+A pass only reads the cache and returns the keys and values of its own tokens; they are written once, outside. That keeps caches out of
+conditionals (`lax.switch` copies what its branches return) and lets one write serve every block. Nothing is ever erased: a row's
+length says what is valid, and masks look at lengths.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eesd_jax.config import ModelConfig
+
+
+class KVCache(NamedTuple):
+    """Keys (rotated) and values in the model's dtype, tuples over blocks of [B, K, H, S] and [B, K, S, H]; S is the capacity in tokens.
+
+    Each is in the order in which attention multiplies by it: in another one XLA would copy the whole cache every step.
+    The same type with S = T holds the new entries of one pass.
+    """
+
+    k: tuple[jax.Array, ...]
+    v: tuple[jax.Array, ...]
+
+
+def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
+    """A cache of zeros for `batch` rows of `capacity` tokens."""
+    heads = (batch, config.num_kv_heads)
+    keys = tuple(jnp.zeros((*heads, config.head_dim, capacity), dtype) for _ in range(config.num_layers))
+    values = tuple(jnp.zeros((*heads, capacity, config.head_dim), dtype) for _ in range(config.num_layers))
+    return KVCache(keys, values)
+
+
+def write(cache: KVCache, new: KVCache, start_B: jax.Array) -> KVCache:
+    """Writes the new entries of one pass of T tokens at each row's own position.
+
+    Args:
+      cache: capacity S; `start + T <= S` must hold for every row, because `dynamic_update_slice` clamps and would overwrite live entries.
+      new: entries of T tokens, for the same blocks.
+      start_B: int32 [B], the slot of each row's first new entry.
+    """
+
+    def write_rows(old: jax.Array, entries: jax.Array, slot_axis: int) -> jax.Array:
+        def write_row(old_row: jax.Array, entry: jax.Array, start: jax.Array) -> jax.Array:
+            return jax.lax.dynamic_update_slice_in_dim(old_row, entry, start, slot_axis)
+
+        return jax.vmap(write_row)(old, entries, start_B)
+
+    keys = tuple(write_rows(old, entries, 2) for old, entries in zip(cache.k, new.k, strict=True))
+    values = tuple(write_rows(old, entries, 1) for old, entries in zip(cache.v, new.v, strict=True))
+    return KVCache(keys, values)

@@ -1,0 +1,291 @@
+"""Llama-family decoder blocks as pure functions of plain pytrees (Touvron et al. 2023; Mistral, Qwen2 and Qwen3 as variations).
+
+One Linen `Block` serves decoding (`forward_blocks`: unrolled over a tuple of per-block params, with a cache) and training
+(`scan_blocks`: `lax.scan` over stacked params, without one). Weights keep the [out, in] order of Hugging Face
+files, so that loading changes nothing.
+
+Axes: B batch, T tokens of this pass, S cache capacity, N query heads, K key/value heads, G = N/K, H head dim, D hidden, F mlp,
+V vocabulary.
+
+Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": [V, D] (absent when tied)}.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from eesd_jax.config import ModelConfig
+from eesd_jax.model import rope
+from eesd_jax.model.cache import KVCache
+
+Params = dict[str, Any]
+
+_CPU_SPLITS = 2
+
+
+def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
+    # On accelerators the default for float32 operands is not float32 arithmetic; asking for float32 means it here.
+    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
+
+
+def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array:
+    """`jnp.einsum` that computes in the arithmetic its operands' dtype promises."""
+    return jnp.einsum(formula, x, y, precision=_precision(x.dtype), **kwargs)
+
+
+def linear(x: jax.Array, weight_OxI: jax.Array, **kwargs: Any) -> jax.Array:
+    """X [B, T, I] times a weight stored as [out, in]: [B, T, O]."""
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 1 and jax.default_backend() == "cpu" and weight_OxI.shape[0] % _CPU_SPLITS == 0:
+        # XLA multiplies one row by a matrix on a single core. As a batch of products it uses them all, and reads memory at full speed.
+        split_CxOxI = weight_OxI.reshape(_CPU_SPLITS, -1, weight_OxI.shape[1])
+        repeated_CxRxI = jnp.broadcast_to(rows, (_CPU_SPLITS, *rows.shape))
+        return einsum("cri,coi->cro", repeated_CxRxI, split_CxOxI, **kwargs).reshape(*x.shape[:-1], -1)
+    return einsum("ri,oi->ro", rows, weight_OxI, **kwargs).reshape(*x.shape[:-1], -1)
+
+
+def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
+    """Root-mean-square norm over the last axis (Zhang & Sennrich 2019); statistics in float32, result in x's dtype."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return normed.astype(x.dtype) * scale_D
+
+
+def attention(
+    q_BxTxNxH: jax.Array,
+    new_k: jax.Array,
+    new_v: jax.Array,
+    cached_k: jax.Array | None,
+    cached_v: jax.Array | None,
+    start_B: jax.Array,
+    mask_TxT: jax.Array,
+    window: jax.Array | int | None,
+) -> jax.Array:
+    """Grouped-query attention of this pass's tokens over the valid cache and over each other.
+
+    The two parts share one softmax without being concatenated: nothing of the cache's size is copied.
+
+    Args:
+      q_BxTxNxH: rotated queries.
+      new_k, new_v: [B, K, H, T] and [B, K, T, H], this pass's own (rotated) keys and values.
+      cached_k, cached_v: [B, K, H, S] and [B, K, S, H], or None where nothing came before.
+      start_B: int32 [B]; row b's cache is valid in [0, start_b), and its tokens stand at positions start_b + t.
+      mask_TxT: bool [T, T] or [B, T, T], which tokens of this pass see which (causal; segments when packed).
+      window: attend to the last `window` positions only, self included; None for all.
+
+    Returns:
+      [B, T, N, H] in the queries' dtype; softmax in float32.
+    """
+    batch, length, heads, head_dim = q_BxTxNxH.shape
+    kv_heads = new_k.shape[1]
+    q = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
+    q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    offset_T = jnp.arange(length)
+
+    def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:
+        raw = einsum("bkgth,bkhs->bkgts", q, keys, preferred_element_type=jnp.float32)
+        return jnp.where(visible, raw, -jnp.inf)
+
+    if window is not None:
+        mask_TxT = mask_TxT & (offset_T[:, None] - offset_T[None, :] < window)
+    new_scores = scores(new_k, mask_TxT if mask_TxT.ndim == 2 else mask_TxT[:, None, None])
+    peak = jnp.max(new_scores, axis=-1, keepdims=True)  # finite: every token sees itself
+    if cached_k is None:
+        weights = jnp.exp(new_scores - peak)
+        total = jnp.sum(weights, axis=-1, keepdims=True)
+        out = einsum("bkgts,bksh->bkgth", weights.astype(new_v.dtype), new_v, preferred_element_type=jnp.float32)
+    else:
+        slot_S = jnp.arange(cached_k.shape[3])
+        visible = (slot_S < start_B[:, None])[:, None]  # [B, 1, S]
+        if window is not None:
+            position_BxT = start_B[:, None] + offset_T
+            visible = visible & (position_BxT[:, :, None] - slot_S < window)  # [B, T, S]
+        old_scores = scores(cached_k, visible[:, None, None])
+        peak = jnp.maximum(peak, jnp.max(old_scores, axis=-1, keepdims=True))
+        new_weights, old_weights = jnp.exp(new_scores - peak), jnp.exp(old_scores - peak)
+        total = jnp.sum(new_weights, axis=-1, keepdims=True) + jnp.sum(old_weights, axis=-1, keepdims=True)
+        out = einsum("bkgts,bksh->bkgth", old_weights.astype(cached_v.dtype), cached_v, preferred_element_type=jnp.float32)
+        out += einsum("bkgts,bksh->bkgth", new_weights.astype(new_v.dtype), new_v, preferred_element_type=jnp.float32)
+    out = (out / total).astype(q_BxTxNxH.dtype)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
+
+
+class Block(nn.Module):
+    """One pre-norm transformer block: attention, then a SwiGLU MLP, each added to the residual stream.
+
+    Every weight names its logical axes here, beside its shape; `model/sharding.py` maps them to the mesh.
+    """
+
+    config: ModelConfig
+    param_dtype: jnp.dtype = jnp.float32
+
+    def _weight(self, name: str, init: nn.initializers.Initializer, **axes: int) -> jax.Array:
+        return self.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(axes.values()), self.param_dtype)
+
+    @nn.compact
+    def __call__(
+        self,
+        x_BxTxD: jax.Array,
+        rot: rope.Rotation,
+        cached_k: jax.Array | None,
+        cached_v: jax.Array | None,
+        start_B: jax.Array,
+        mask_TxT: jax.Array,
+        window: jax.Array | int | None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Returns the residual stream [B, T, D] and this pass's keys [B, K, H, T] and values [B, K, T, H]. Arguments as in `attention`."""
+        c = self.config
+        x = x_BxTxD
+        matrix = nn.initializers.normal(stddev=c.hidden_size**-0.5)
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        embed, mlp, head_dim = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}, {"head_dim": c.head_dim}
+        # Heads and their channels are one axis: XLA multiplies by matrices as they lie, but copies anything with more axes first.
+        heads, kv_heads = {"heads": c.num_heads * c.head_dim}, {"kv_heads": c.num_kv_heads * c.head_dim}
+
+        h = rms_norm(x, self._weight("attn_norm", ones, **embed), c.norm_eps)
+        q = linear(h, self._weight("wq", matrix, **heads, **embed))
+        k = linear(h, self._weight("wk", matrix, **kv_heads, **embed))
+        v = linear(h, self._weight("wv", matrix, **kv_heads, **embed))
+        if c.qkv_bias:
+            q += self._weight("bq", zeros, **heads)
+            k += self._weight("bk", zeros, **kv_heads)
+            v += self._weight("bv", zeros, **kv_heads)
+        q, k, v = (y.reshape(*y.shape[:2], -1, c.head_dim) for y in (q, k, v))  # [B, T, N or K, H]
+        if c.qk_norm:
+            q = rms_norm(q, self._weight("q_norm", ones, **head_dim), c.norm_eps)
+            k = rms_norm(k, self._weight("k_norm", ones, **head_dim), c.norm_eps)
+        q, k = rope.rotate(q, rot), rope.rotate(k, rot)
+        k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, K, H, T], [B, K, T, H]
+        attended = attention(q, k, v, cached_k, cached_v, start_B, mask_TxT, window)
+        out = linear(attended.reshape(*x.shape[:2], -1), self._weight("wo", matrix, **embed, **heads))
+        if c.out_bias:
+            out += self._weight("bo", zeros, **embed)
+        x = x + out
+
+        h = rms_norm(x, self._weight("mlp_norm", ones, **embed), c.norm_eps)
+        gate = linear(h, self._weight("w_gate", matrix, **mlp, **embed))
+        up = linear(h, self._weight("w_up", matrix, **mlp, **embed))
+        if c.mlp_bias:
+            gate += self._weight("b_gate", zeros, **mlp)
+            up += self._weight("b_up", zeros, **mlp)
+        out = linear(nn.silu(gate) * up, self._weight("w_down", matrix, **embed, **mlp))
+        if c.mlp_bias:
+            out += self._weight("b_down", zeros, **embed)
+        return x + out, k, v
+
+
+def causal_mask(length: int) -> jax.Array:
+    """Bool [T, T]: token t sees tokens 0..t."""
+    return jnp.tril(jnp.ones((length, length), bool))
+
+
+def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
+    """Token embeddings [B, T, D] in the parameters' dtype."""
+    return params["embed"][tokens_BxT]
+
+
+def forward_blocks(
+    config: ModelConfig,
+    blocks: tuple[Params, ...],
+    x_BxTxD: jax.Array,
+    start_B: jax.Array,
+    cache: KVCache | None,
+    layers: range,
+) -> tuple[jax.Array, KVCache]:
+    """Runs the blocks `layers` over T new tokens of every row, unrolled: the way of decoding.
+
+    Slicing stacked params inside a loop reads and writes every weight once more, so each block's params are arrays of their own.
+
+    Args:
+      blocks: params of ALL blocks, a tuple of length L.
+      x_BxTxD: the residual stream before the first of `layers`.
+      start_B: int32 [B], how many tokens each row already has in the cache; the new ones stand at positions start_b + t.
+      cache: all blocks' caches, read only; None where nothing came before (start must then be 0).
+      layers: which blocks to run, in order.
+
+    Returns:
+      The residual stream after the last of `layers` [B, T, D], and the new keys and values of those blocks (tuples of len(layers)).
+    """
+    length = x_BxTxD.shape[1]
+    rot = rope.rotation(config.rope, config.head_dim, start_B[:, None] + jnp.arange(length))
+    mask_TxT = causal_mask(length)
+    block = Block(config)
+    keys, values = [], []
+    x = x_BxTxD
+    for layer in layers:
+        cached = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
+        x, k, v = block.apply({"params": blocks[layer]}, x, rot, *cached, start_B, mask_TxT, config.windows[layer])
+        keys.append(k)
+        values.append(v)
+    return x, KVCache(tuple(keys), tuple(values))
+
+
+def scan_blocks(config: ModelConfig, stacked: Params, x_BxTxD: jax.Array, positions_BxT: jax.Array, mask_BxTxT: jax.Array) -> jax.Array:
+    """Runs blocks over whole sequences with `lax.scan`, without a cache: the way of training (one compiled block, whatever the depth).
+
+    Args:
+      stacked: block params with a leading layers axis; the blocks run are the first ones of the model.
+      x_BxTxD: the residual stream before the first block.
+      positions_BxT: int32 [B, T], position of each token within its own text (packed rows restart at 0).
+      mask_BxTxT: bool [B, T, T] or [T, T], which tokens see which.
+
+    Returns:
+      The residual stream after the last block, [B, T, D].
+    """
+    rot = rope.rotation(config.rope, config.head_dim, positions_BxT)
+    start_B = jnp.zeros(x_BxTxD.shape[0], jnp.int32)
+    num_layers = jax.tree.leaves(stacked)[0].shape[0]
+    windowed = any(window is not None for window in config.windows[:num_layers])
+    # No sequence is longer than the context, so a window of that length hides nothing.
+    windows_L = jnp.array([window or config.context_length for window in config.windows[:num_layers]])
+    block = Block(config)
+
+    def step(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
+        params, window = layer
+        x, _, _ = block.apply({"params": params}, x, rot, None, None, start_B, mask_BxTxT, window if windowed else None)
+        return x, None
+
+    return jax.lax.scan(step, x_BxTxD, (stacked, windows_L))[0]
+
+
+def stack_blocks(blocks: tuple[Params, ...]) -> Params:
+    """Per-block params to one pytree with a leading layers axis, for `scan_blocks`."""
+    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
+
+
+def logits(config: ModelConfig, params: Params, x_BxTxD: jax.Array) -> jax.Array:
+    """Final norm and LM head: float32 logits [B, T, V] of the residual stream after the last block."""
+    h = rms_norm(x_BxTxD, params["final_norm"], config.norm_eps)
+    head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
+    return linear(h, head_VxD, preferred_element_type=jnp.float32)
+
+
+def init(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:
+    """Random params; every leaf is boxed with its logical axes (`nn.LogicallyPartitioned`; `nn.meta.unbox` takes the box off).
+
+    `jax.eval_shape` of this function is the single definition of names, shapes and axes that loading and sharding follow.
+    """
+    embed_key, head_key, *block_keys = jax.random.split(key, config.num_layers + 2)
+    block = Block(config, param_dtype=dtype)
+    x = jnp.zeros((1, 1, config.hidden_size), dtype)
+    zero = jnp.zeros(1, jnp.int32)
+    rot = rope.rotation(config.rope, config.head_dim, zero[:, None])
+
+    def init_block(block_key: jax.Array) -> Params:
+        return block.init(block_key, x, rot, None, None, zero, causal_mask(1), None)["params"]
+
+    def table(table_key: jax.Array) -> nn.LogicallyPartitioned:
+        # Unit-variance logits from a normed hidden state.
+        weights = jax.random.normal(table_key, (config.vocab_size, config.hidden_size), dtype) * config.hidden_size**-0.5
+        return nn.LogicallyPartitioned(weights, ("vocab", "embed"))
+
+    params = {
+        "embed": table(embed_key),
+        "blocks": tuple(init_block(block_key) for block_key in block_keys),
+        "final_norm": nn.LogicallyPartitioned(jnp.ones(config.hidden_size, dtype), ("embed",)),
+    }
+    if not config.tie_embeddings:
+        params["lm_head"] = table(head_key)
+    return params

@@ -1,0 +1,43 @@
+"""One table from logical axes to mesh axes, and what follows from it.
+
+Mesh axes: `data` (replicas, across slices), `fsdp` (weights split over their embed axis), `tensor` (heads, mlp and vocabulary).
+"""
+
+import flax.linen as nn
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from eesd_jax.config import ModelConfig
+from eesd_jax.model import llama
+
+MESH_AXES = ("data", "fsdp", "tensor")
+LOGICAL_AXIS_RULES = (
+    ("batch", ("data", "fsdp")),
+    ("vocab", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("embed", "fsdp"),
+    ("head_dim", None),
+    ("layers", None),
+)
+
+
+def make_mesh(devices: list[jax.Device] | None = None, *, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of data x fsdp x tensor devices; `devices` defaults to the first ones there are."""
+    shape = (data, fsdp, tensor)
+    devices = devices if devices is not None else jax.devices()[: data * fsdp * tensor]
+    # Auto axes: Linen's logical constraints do not work with Explicit ones, which jax.make_mesh would choose.
+    return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def abstract_params(config: ModelConfig) -> llama.Params:
+    """Boxed shapes (`jax.ShapeDtypeStruct`) and logical axes of every weight; nothing is allocated."""
+    return jax.eval_shape(lambda key: llama.init(config, key), jax.random.key(0))
+
+
+def param_shardings(config: ModelConfig, mesh: Mesh) -> llama.Params:
+    """`NamedSharding` of every weight, in the structure of the (unboxed) params."""
+    specs = nn.get_partition_spec(abstract_params(config))
+    return nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)

@@ -1,0 +1,174 @@
+"""Reads GGUF files: weights of every type that the `gguf` package dequantizes, and metadata brought into the form of a `config.json`.
+
+Tensors appear under their Hugging Face names and in their Hugging Face order, so that everything behind this file knows one layout only.
+"""
+
+import pathlib
+from typing import Any
+
+import gguf
+import numpy as np
+
+from eesd_jax.errors import UserError
+
+SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+_TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_FACTORS = "rope_freqs.weight"
+
+
+class _CheckedReader(gguf.GGUFReader):
+    """Names the tensor where a truncated file ends; the base class only fails to reshape its bytes."""
+
+    def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        for field in fields:
+            _, name, _, dims, kind, offset = field.parts
+            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
+            end = start_offs + int(offset[0]) + int(np.prod(dims)) // block * block_bytes
+            if end > len(self.data):
+                raise UserError(f"tensor {bytes(name).decode()} ends at byte {end}, the file has {len(self.data)}: it is truncated")
+        super()._build_tensors(start_offs, fields)
+
+
+class GGUFSource:
+    """The tensors and metadata of one GGUF file.
+
+    Raises:
+      UserError: not a GGUF file, truncated, split into several files, or of an unsupported architecture.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        self.description = str(path)
+        try:
+            reader = _CheckedReader(path)
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except (ValueError, IndexError, KeyError, OSError) as error:
+            raise UserError(f"{path}: truncated or not a GGUF file ({path.stat().st_size} bytes; {error})") from None
+        self._fields = reader.fields
+        if self.field("split.count", 1) > 1:
+            raise UserError(
+                f"{path}: part {self.field('split.no', 0) + 1} of {self.field('split.count')} of a split GGUF; merge the parts first"
+            )
+        self.architecture = self.field("general.architecture")
+        if self.architecture not in SUPPORTED_ARCHITECTURES:
+            raise UserError(
+                f"{path}: architecture {self.architecture!r} is not supported in GGUF files; "
+                f"supported are {', '.join(SUPPORTED_ARCHITECTURES)}"
+            )
+        self._rope_factors = None
+        self._tensors = {}
+        for tensor in reader.tensors:
+            if tensor.name == _ROPE_FACTORS:
+                self._rope_factors = tuple(float(x) for x in np.asarray(tensor.data).ravel())
+            else:
+                self._tensors[_hf_name(tensor.name)] = tensor
+        # GGUF lists the fastest axis first.
+        self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """A metadata value as a Python object, or `default` where the file has none."""
+        field = self._fields.get(name)
+        return default if field is None else field.contents()
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor, dequantized to float32, rows of q and k in Hugging Face order."""
+        tensor = self._tensors[name]
+        try:
+            data = gguf.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            raise UserError(
+                f"{self.description}: tensor {tensor.name} has type {tensor.tensor_type.name}, which the gguf package cannot dequantize"
+            ) from None
+        data = data.reshape(self.shapes[name])
+        if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
+            heads = self._heads if ".q_proj." in name else self._kv_heads
+            # The converter interleaved the two halves of each head (for rotation of neighbouring pairs); undo it.
+            halves = data.reshape(heads, data.shape[0] // heads // 2, 2, *data.shape[1:])
+            data = halves.swapaxes(1, 2).reshape(data.shape)
+        return data
+
+    @property
+    def _heads(self) -> int:
+        return int(self.field(f"{self.architecture}.attention.head_count"))
+
+    @property
+    def _kv_heads(self) -> int:
+        return int(self.field(f"{self.architecture}.attention.head_count_kv", self._heads))
+
+    def hf_config(self) -> dict[str, Any]:
+        """The metadata in the form of a Hugging Face `config.json`, for `ModelConfig.from_hf`."""
+
+        def field(name: str, default: Any = None) -> Any:
+            return self.field(f"{self.architecture}.{name}", default)
+
+        for name in (
+            "block_count",
+            "context_length",
+            "embedding_length",
+            "feed_forward_length",
+            "attention.head_count",
+        ):
+            if field(name) is None:
+                raise UserError(f"{self.description}: no metadata field {self.architecture}.{name}")
+        vocab_size = self.shapes.get("model.embed_tokens.weight", (len(self.field("tokenizer.ggml.tokens", [])),))[0]
+        return {
+            "model_type": self.architecture,
+            "vocab_size": vocab_size,
+            "hidden_size": field("embedding_length"),
+            "num_hidden_layers": field("block_count"),
+            "num_attention_heads": self._heads,
+            "num_key_value_heads": self._kv_heads,
+            "head_dim": field("attention.key_length"),
+            "intermediate_size": field("feed_forward_length"),
+            "rms_norm_eps": field("attention.layer_norm_rms_epsilon", 1e-6),
+            "max_position_embeddings": field("context_length"),
+            "tie_word_embeddings": "lm_head.weight" not in self.shapes,
+            "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
+            "rope_theta": field("rope.freq_base", 10_000.0),
+            "rope_scaling": self._rope_scaling(),
+            "eos_token_id": [
+                token for name in ("eos", "eot", "eom") if (token := self.field(f"tokenizer.ggml.{name}_token_id")) is not None
+            ],
+        }
+
+    def _rope_scaling(self) -> dict[str, Any] | None:
+        # Llama 3 files carry the result of its scaling as divisors of the frequencies, not its parameters.
+        if self._rope_factors is not None:
+            return {"rope_type": "divisors", "divisors": self._rope_factors}
+        prefix = f"{self.architecture}.rope.scaling"
+        kind = self.field(f"{prefix}.type", "none")
+        if kind == "none":
+            return None
+        scaling = {
+            "rope_type": kind,
+            "factor": self.field(f"{prefix}.factor"),
+            "original_max_position_embeddings": self.field(f"{prefix}.original_context_length"),
+            "beta_fast": self.field(f"{prefix}.yarn_beta_fast"),
+            "beta_slow": self.field(f"{prefix}.yarn_beta_slow"),
+        }
+        return {name: value for name, value in scaling.items() if value is not None}
+
+
+def _hf_name(name: str) -> str:
+    """`blk.3.attn_q.weight` -> `model.layers.3.self_attn.q_proj.weight`; names that are not known stay, and are reported as unexpected."""
+    stem, _, kind = name.rpartition(".")
+    if stem in _TOP_NAMES:
+        return f"{_TOP_NAMES[stem]}.{kind}"
+    match stem.split("."):
+        case ["blk", layer, part] if part in _BLOCK_NAMES:
+            return f"model.layers.{layer}.{_BLOCK_NAMES[part]}.{kind}"
+    return name

