@@ -1,7 +1,22 @@
 """Early-exiting speculative decoding with Thompson-sampling control, in JAX."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from eesd_jax.config import DecodeConfig, ModelConfig, SamplingConfig
-from eesd_jax.engine import Engine, Generation, load
 from eesd_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from eesd_jax.engine import Engine, load
+    from eesd_jax.generation import Generation
+
 __all__ = ["DecodeConfig", "Engine", "Generation", "ModelConfig", "SamplingConfig", "UserError", "load"]
+
+# Loaded when first asked for: JAX and transformers take seconds, which a command with a mistake in its flags should not.
+_LAZY = {"Engine": "eesd_jax.engine", "load": "eesd_jax.engine", "Generation": "eesd_jax.generation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,14 +1,20 @@
 """What the commands share: flags, one clear line for a user's mistake (exit code 2), files that appear only when whole."""
 
 import contextlib
+import logging
 import os
 import pathlib
+import re
+import shutil
 import sys
 import tempfile
+import textwrap
+import types
 from collections.abc import Callable, Iterator, Sequence
 from typing import NoReturn, TextIO
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 
 from eesd_jax.config import DecodeConfig, SamplingConfig
 from eesd_jax.engine import Engine, load
@@ -16,6 +22,7 @@ from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 CONTROLLERS = ("plain",)
+flags.disclaim_key_flags()  # flags defined here belong to the command that asked for them, and show in its --help
 
 
 def define_model_flags() -> None:
@@ -34,14 +41,14 @@ def define_generation_flags() -> None:
     )
     flags.DEFINE_string("controller", "plain", f"How many tokens to draft: {', '.join(CONTROLLERS)} (plain: no speculation).")
     flags.DEFINE_integer("max_new_tokens", decode.max_new_tokens, "Budget of each answer, in tokens.")
-    flags.DEFINE_float("temperature", sampling.temperature, "0 is greedy.")
+    flags.DEFINE_float("temperature", sampling.temperature, "Randomness of the draw; 0 is greedy.")
     flags.DEFINE_integer("top_k", sampling.top_k, "Keep the k most probable tokens; 0: all.")
     flags.DEFINE_float("top_p", sampling.top_p, "Keep the most probable tokens that together reach this probability; 1: all.")
     flags.DEFINE_float("min_p", sampling.min_p, "Keep tokens at least this times as probable as the most probable one; 0: all.")
-    flags.DEFINE_integer("seed", decode.seed, "Line i of a prompt file draws with seed + i.")
+    flags.DEFINE_integer("seed", decode.seed, "Record i of a prompt file (from 0) draws with seed + i.")
     flags.DEFINE_integer("batch_size", decode.batch_size, "Prompts generated at once.")
     flags.DEFINE_bool("chat", None, "Use the model's chat template; default: if it has one.")
-    flags.DEFINE_multi_string("stop", [], "Text that ends an answer; may be repeated.")
+    flags.DEFINE_multi_string("stop", [], "Text that ends an answer, taken as it is; may be repeated.")
 
 
 def sampling_from_flags() -> SamplingConfig:
@@ -56,33 +63,63 @@ def check_generation_flags() -> None:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= 1")
     if FLAGS.controller not in CONTROLLERS:
         raise UserError(f"--controller is {FLAGS.controller!r}; expected one of {', '.join(CONTROLLERS)}")
+    if "" in FLAGS.stop:
+        raise UserError("--stop is ''; expected some text")
     sampling_from_flags()
 
 
 def load_from_flags() -> Engine:
-    """The engine that the flags ask for."""
-    return load(
-        FLAGS.model,
-        dtype=FLAGS.dtype,
-        decode_config=DecodeConfig(max_new_tokens=FLAGS.max_new_tokens, batch_size=FLAGS.batch_size, seed=FLAGS.seed),
-    )
+    """The engine that the flags ask for; a terminal is told what it waits for."""
+    with _notice(f"loading {FLAGS.model} ..."):
+        engine = load(
+            FLAGS.model,
+            dtype=FLAGS.dtype,
+            decode_config=DecodeConfig(max_new_tokens=FLAGS.max_new_tokens, batch_size=FLAGS.batch_size, seed=FLAGS.seed),
+        )
+    if FLAGS.chat and not engine.has_chat_template:
+        raise UserError(f"--chat is given, but model {FLAGS.model!r} has no chat template; expected --nochat (plain text) or a chat model")
+    return engine
+
+
+@contextlib.contextmanager
+def _notice(text: str) -> Iterator[None]:
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(text, end="\r", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print(" " * len(text), end="\r", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
 def whole_file(path: str | pathlib.Path) -> Iterator[TextIO]:
-    """Opens a text file that appears under its name only when it is complete; raises UserError where it cannot be written."""
-    path = pathlib.Path(path).expanduser()
+    """Opens a text file that appears under its name only when it is complete; raises UserError where it cannot be written.
+
+    What is no plain file (/dev/null, a pipe) is written to as it is.
+    """
+    target = pathlib.Path(path).expanduser()
     try:
-        handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        if target.is_dir():
+            raise IsADirectoryError(None, "it is a folder")
+        if target.exists() and not target.is_file():
+            partial, file = None, open(target, "w", encoding="utf-8")  # noqa: SIM115  closed below
+        else:
+            target = target.resolve()  # where a link points to, not the link, is replaced
+            handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+            file = open(handle, "w", encoding="utf-8")  # noqa: SIM115
     except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror})") from None
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); expected a file in a folder that can be written to") from None
     try:
-        with open(handle, "w", encoding="utf-8") as file:
+        with file:
             yield file
-        os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-        os.replace(partial, path)
+        if partial is not None:
+            os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
+            os.replace(partial, target)
     except BaseException:
-        os.unlink(partial)
+        if partial is not None:
+            os.unlink(partial)
         raise
 
 
@@ -92,31 +129,83 @@ def _umask() -> int:
     return mask
 
 
+def warn(message: str) -> None:
+    """One line on stderr about something that goes on nevertheless."""
+    print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command: parses flags, and turns a user's mistake into one line on stderr and exit code 2."""
+    command = sys.modules[main.__module__]
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
+        if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
+            print(_help(command))
+            sys.exit(0)
         try:
             rest = FLAGS(argv)
         except flags.Error as error:
-            _fail(str(error).splitlines()[0])
+            _fail(_flag_error(error))
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; expected --flag=value")
-        if not FLAGS["verbosity"].present:
-            logging.set_verbosity(logging.WARNING)  # absl shows what JAX logs about every backend that it looked for
+        _quieten()
         return rest
 
     def guarded(argv: Sequence[str]) -> None:
         try:
             main(argv)
+            sys.stdout.flush()
         except UserError as error:
             _fail(str(error))
         except KeyboardInterrupt:
+            if sys.stderr.isatty():
+                print(file=sys.stderr)
             sys.exit(130)
+        except BrokenPipeError:  # who read our output has seen enough, as in `| head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(1)
 
     app.run(guarded, flags_parser=parse)
+
+
+def _quieten() -> None:
+    """Leaves stderr to us: a mistake is one line there."""
+    if not FLAGS["verbosity"].present:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # absl shows what JAX logs about every backend that it looked for
+    for library in ("transformers", "huggingface_hub"):
+        logging.getLogger(library).setLevel(logging.ERROR)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows no emoji is no reason to stop
 
 
 def _fail(message: str) -> NoReturn:
     print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(2)
+
+
+def _flag_error(error: flags.Error) -> str:
+    """What absl found, in our words: the value, and what was expected."""
+    message = str(error).splitlines()[0]
+    if bad_value := re.match(r"flag --(\w+)=(.*?): ", message):
+        name, value = bad_value.groups()
+        expected = "true or false" if FLAGS[name].boolean else FLAGS[name].parser.syntactic_help or "another value"
+        return f"--{name} is {value!r}; expected {expected}"
+    return f"{message}; --help lists all flags"
+
+
+def _help(command: types.ModuleType) -> str:
+    """What a command does and its own flags, in the order in which it defines them."""
+    indent = 28
+    lines = [(command.__doc__ or "").strip(), "", "Flags:"]
+    for flag in FLAGS.flags_by_module_id_dict().get(id(command), []):
+        if flag.boolean:
+            left = f"--[no]{flag.name}"
+        elif flag.default in (None, []):
+            left = f"--{flag.name}=..."
+        else:
+            left = f"--{flag.name}={flag.default}"
+        width = max(60, min(120, shutil.get_terminal_size().columns))
+        text = textwrap.wrap(flag.help.split(";\n")[0], width - indent)  # behind it, absl explains flags that may be repeated
+        lines.append(f"  {left:<{indent - 3}} {text[0]}")
+        lines += [" " * indent + line for line in text[1:]]
+    return "\n".join(lines)

@@ -6,6 +6,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 from eesd_jax.errors import UserError
@@ -18,6 +19,13 @@ SUPPORTED_ARCHITECTURES = {
     "qwen3": "Qwen3 (q/k norm)",
 }
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")  # and "divisors", which only GGUF files have
+# What a `config.json` that leaves a field out means by that, where it is not the same for every architecture (as in transformers).
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +86,9 @@ class ModelConfig:
         if kind not in SUPPORTED_ARCHITECTURES:
             supported = "; ".join(f"{name}: {what}" for name, what in SUPPORTED_ARCHITECTURES.items())
             raise UserError(f"{source}: architecture {kind!r} is not supported; supported are {supported}")
+        if quantization := hf.get("quantization_config"):
+            raise UserError(f"{source}: quantization_config {quantization} is not supported; expected plain weights, or a GGUF file")
+        hf = _HF_DEFAULTS[kind] | hf
         activation = hf.get("hidden_act", "silu")
         if activation not in ("silu", "swish"):
             raise UserError(f"{source}: hidden_act {activation!r} is not supported; expected 'silu'")
@@ -101,7 +112,7 @@ class ModelConfig:
         if head_dim % 2:
             raise UserError(f"{source}: head_dim is {head_dim}; rotary embeddings need an even number")
         context_length = size("max_position_embeddings")
-        attention_bias = bool(hf.get("attention_bias", False))
+        attention_bias = bool(hf.get("attention_bias", False)) and kind in ("llama", "qwen3")
         return cls(
             architecture=kind,
             vocab_size=size("vocab_size"),
@@ -111,75 +122,87 @@ class ModelConfig:
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
             intermediate_size=size("intermediate_size"),
-            norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-            rope=_rope_from_hf(hf, context_length, source),
+            norm_eps=_positive(hf.get("rms_norm_eps", 1e-6), "rms_norm_eps", source),
+            rope=_rope_from_hf(hf, context_length, head_dim, source),
             context_length=context_length,
             tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
             windows=_windows_from_hf(hf, kind, num_layers, source),
             qkv_bias=attention_bias or kind == "qwen2",
-            out_bias=attention_bias and kind in ("llama", "qwen3"),
+            out_bias=attention_bias,
             mlp_bias=bool(hf.get("mlp_bias", False)) and kind == "llama",
             qk_norm=kind == "qwen3",
         )
 
 
-def _rope_from_hf(hf: dict[str, Any], context_length: int, source: str) -> RopeConfig:
+def _positive(value: Any, name: str, source: str) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{source}: {name} is {value!r}; expected a positive number")
+    return float(value)
+
+
+def _rope_from_hf(hf: dict[str, Any], context_length: int, head_dim: int, source: str) -> RopeConfig:
     # transformers 5 writes rope_parameters (theta included); 4 wrote rope_theta and rope_scaling.
-    parameters = hf.get("rope_parameters") or {}
-    scaling = parameters or hf.get("rope_scaling") or {}
-    theta = parameters.get("rope_theta", hf.get("rope_theta", RopeConfig.theta))
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "divisors":
-        return RopeConfig(theta=float(theta), kind=kind, divisors=tuple(scaling["divisors"]))
-    if kind not in SUPPORTED_ROPE:
-        raise UserError(f"{source}: rope scaling {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE)}")
-    partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if per_type := [name for name, value in scaling.items() if isinstance(value, dict)]:
+        raise UserError(f"{source}: rope parameters for each layer type ({', '.join(per_type)}) are not supported")
+
+    def number(name: str, default: float | None) -> float | None:
+        value = scaling.get(name) or hf.get(name)  # null and 0 leave it to the default, as in transformers
+        return _positive(value, name, source) if value else default
+
+    partial = number("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise UserError(f"{source}: partial_rotary_factor is {partial}; only 1.0 is supported")
+    theta = number("rope_theta", RopeConfig.theta)
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind == "divisors":
+        divisors = tuple(scaling["divisors"])
+        if len(divisors) != head_dim // 2:
+            raise UserError(f"{source}: {len(divisors)} rope frequency divisors; expected {head_dim // 2}, half of head_dim")
+        return RopeConfig(theta=theta, kind=kind, divisors=divisors)
+    if kind not in SUPPORTED_ROPE:
+        raise UserError(f"{source}: rope scaling {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE)}")
     if kind == "default":
-        return RopeConfig(theta=float(theta))
-    if "factor" not in scaling:
+        return RopeConfig(theta=theta)
+    original = number("original_max_position_embeddings", None)
+    factor = number("factor", context_length / original if kind == "yarn" and original else None)
+    if factor is None:
         raise UserError(f"{source}: rope scaling {kind!r} has no 'factor'")
-    factor = float(scaling["factor"])
-    original = scaling.get("original_max_position_embeddings") or hf.get("original_max_position_embeddings")
-    if kind == "llama3" and not original:
-        raise UserError(f"{source}: rope scaling 'llama3' has no 'original_max_position_embeddings'")
-    given = {name: float(scaling[name]) for name in ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow") if scaling.get(name)}
     return RopeConfig(
-        theta=float(theta),
+        theta=theta,
         kind=kind,
         factor=factor,
         original_context=int(original or context_length),
-        attention_factor=_yarn_attention_factor(scaling, factor) if kind == "yarn" else 1.0,
+        low_freq_factor=number("low_freq_factor", RopeConfig.low_freq_factor),
+        high_freq_factor=number("high_freq_factor", RopeConfig.high_freq_factor),
+        beta_fast=number("beta_fast", RopeConfig.beta_fast),
+        beta_slow=number("beta_slow", RopeConfig.beta_slow),
+        attention_factor=number("attention_factor", _yarn_attention_factor(number, factor)) if kind == "yarn" else 1.0,
         truncate=bool(scaling.get("truncate", True)),
-        **given,
     )
 
 
-def _yarn_attention_factor(scaling: dict[str, Any], factor: float) -> float:
-    """The scale of cos and sin: 0.1 ln(factor) + 1 (YaRN, equation 22), or what the config gives in its place."""
+def _yarn_attention_factor(number: Callable[[str, float | None], float | None], factor: float) -> float:
+    """The scale of cos and sin, where the config does not give it: 0.1 ln(factor) + 1 (YaRN, equation 22), or a ratio of two such."""
 
-    def mscale(scale: float, weight: float) -> float:
-        return 1.0 if scale <= 1 else 0.1 * weight * math.log(scale) + 1.0
+    def scale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
-    if scaling.get("attention_factor") is not None:
-        return float(scaling["attention_factor"])
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(factor, scaling["mscale"]) / mscale(factor, scaling["mscale_all_dim"])
-    return mscale(factor, 1.0)
+    mscale, mscale_all_dim = number("mscale", None), number("mscale_all_dim", None)
+    return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
 def _windows_from_hf(hf: dict[str, Any], kind: str, num_layers: int, source: str) -> tuple[int | None, ...]:
     window = hf.get("sliding_window")
-    if kind.startswith("qwen") and not hf.get("use_sliding_window", False):
-        window = None
-    if kind == "llama" or window is None:
+    is_qwen = kind.startswith("qwen")
+    if kind == "llama" or window is None or (is_qwen and not hf.get("use_sliding_window", False)):
         return (None,) * num_layers
+    window = int(_positive(window, "sliding_window", source))
     if layer_types := hf.get("layer_types"):
         if len(layer_types) != num_layers:
             raise UserError(f"{source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
         return tuple(window if name == "sliding_attention" else None for name in layer_types)
-    first_windowed = hf.get("max_window_layers", 0) if kind.startswith("qwen") else 0
+    first_windowed = hf["max_window_layers"] if is_qwen else 0
     return tuple(window if layer >= first_windowed else None for layer in range(num_layers))
 
 
@@ -207,6 +230,34 @@ class SamplingConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ControllerConfig:
+    """Settings of the learning controllers (see `decode/controllers.py`): our own, the paper's are not known to us."""
+
+    prior_alpha: float = 2.0
+    prior_beta: float = 1.0
+    discount: float = 0.95
+    kappa: float = 4.0
+    capacity: float = 20.0
+
+
+@dataclasses.dataclass(frozen=True)
+class DraftConfig:
+    """The static side of speculation: how many blocks draft, and how many tokens at most.
+
+    Verification is compiled for a few widths (drafts + 1), so that its cost follows the drafts.
+    """
+
+    exit_layer: int
+    max_draft: int = 8
+    verify_widths: tuple[int, ...] = (1, 2, 3, 4, 5, 7, 9, 13, 17)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """The widths to compile: those below max_draft + 1, and that one."""
+        return (*(width for width in self.verify_widths if width <= self.max_draft), self.max_draft + 1)
+
+
+@dataclasses.dataclass(frozen=True)
 class DecodeConfig:
     """Shapes and pacing of generation.
 
@@ -218,7 +269,8 @@ class DecodeConfig:
     seed: int = 0
     # Prompts are right-padded to one of these; longer ones are run in chunks of the last.
     prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
-    # Capacities (prompt + budget, in tokens) are rounded up to the smallest capacity times a power of two.
-    min_capacity: int = 256
-    # Tokens between two looks of the host while streaming or watching for stop strings.
+    # Capacities (prompt + budget, in tokens) are rounded up to this times 1, 1.5, 2, 3, 4, 6, 8, ...
+    min_capacity: int = 128
+    # Steps between two looks of the host: while streaming or watching for stop strings, and otherwise (so that Ctrl-C is noticed).
     stream_chunk: int = 8
+    chunk: int = 64

@@ -9,16 +9,23 @@ import dataclasses
 import functools
 import time
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from eesd_jax.config import DecodeConfig, SamplingConfig
-from eesd_jax.decode import loop
+from eesd_jax import control, cost_table
+from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ModelConfig, SamplingConfig
+from eesd_jax.decode import loop, speculative
+from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.decode.sampling import Sampling
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
+from eesd_jax.generation import Generation, Rounds
+from eesd_jax.model import llama
+from eesd_jax.model.exit_branch import ExitBranch
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import hub
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -26,37 +33,32 @@ from eesd_jax.weights.load import LoadedModel, load_model
 Messages = Sequence[dict[str, str]]
 Prompt = str | Messages
 
-_prefill = jax.jit(loop.prefill, static_argnames=("config", "capacity", "chunk"))
-_decode = jax.jit(loop.decode, static_argnames=("config", "eos_ids"), donate_argnames=("state",))
+_FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOPPED: "stop"}
 
-_FINISH_REASONS = {loop.EOS: "eos", loop.LENGTH: "length", loop.STOPPED: "stop"}
+_prefill = jax.jit(loop.prefill, static_argnames=("config", "exit_layer", "capacity", "chunk"))
 
 
-@dataclasses.dataclass(frozen=True)
-class Generation:
-    """What one prompt gave.
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _decode_plain(
+    config: ModelConfig, eos_ids: jax.Array, params: llama.Params, sampling: Sampling, state: DecodeState, max_steps: jax.Array
+) -> DecodeState:
+    return loop.decode(functools.partial(loop.plain_step, config, eos_ids, params, sampling), state, max_steps)
 
-    Attributes:
-      text: without special tokens, cut before a stop string.
-      token_ids: new tokens; the last one is the EOS or the token that completed a stop string, where that ended the text.
-      prompt_tokens: length of the prompt in tokens.
-      finish_reason: "eos", "stop" or "length" (budget or context used up).
-      rounds: passes of the whole model over this row's new tokens; one a token in plain decoding.
-      seconds: wall time of the batch that the row was in, compilation included, until this row ended.
-      first_token_seconds: wall time until the batch's first token.
-    """
 
-    text: str
-    token_ids: list[int]
-    prompt_tokens: int
-    finish_reason: str
-    rounds: int
-    seconds: float
-    first_token_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return len(self.token_ids) / self.seconds
+@functools.partial(jax.jit, static_argnames=("config", "draft", "controller"), donate_argnames=("state",))
+def _decode_speculative(
+    config: ModelConfig,
+    draft: DraftConfig,
+    controller: Controller,
+    eos_ids: jax.Array,
+    params: llama.Params,
+    branch: ExitBranch,
+    sampling: Sampling,
+    state: DecodeState,
+    max_steps: jax.Array,
+) -> DecodeState:
+    step = functools.partial(speculative.round_step, config, draft, controller, eos_ids, params, branch, sampling)
+    return loop.decode(step, state, max_steps)
 
 
 @dataclasses.dataclass
@@ -65,7 +67,7 @@ class _Row:
 
     text: TextStream
     prompt_tokens: int
-    finish: int = loop.RUNNING
+    finish: int = RUNNING
     seconds: float = 0.0
 
 
@@ -101,12 +103,31 @@ def use_compilation_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-class Engine:
-    """A loaded model that generates text."""
+class Drafter(NamedTuple):
+    """An exit branch and how it is used.
 
-    def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig()):
+    branch: its weights. draft: where it stands, and how much it may draft. calibration: of its confidence. trained: whether it ever was.
+    """
+
+    branch: ExitBranch
+    draft: DraftConfig
+    calibration: Calibration
+    trained: bool
+
+
+class Engine:
+    """A loaded model that generates text.
+
+    Attributes:
+      model: the target.
+      decode_config: defaults of generation and its buckets.
+      drafter: the exit branch, or None (then only plain decoding is to be had).
+    """
+
+    def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig(), drafter: Drafter | None = None):
         self.model = model
         self.decode_config = decode_config
+        self.drafter = drafter
 
     @property
     def has_chat_template(self) -> bool:
@@ -178,9 +199,11 @@ class Engine:
           sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
           max_new_tokens (int): budget of each row, by default the configured one.
           batch_size (int): rows of the compiled program; empty rows are added up to it.
+          controller (Controller): how many tokens to draft; None for plain decoding.
         """
-        # Stop strings are text, which only the host can see: it looks every few tokens. Without them it need not look before the end.
-        run = self._run(prompts, seeds, chunk=self.decode_config.stream_chunk if stop else None, stop=stop, **options)
+        # Stop strings are text, which only the host can see: it looks every few tokens. Without them it need only notice Ctrl-C.
+        chunk = self.decode_config.stream_chunk if stop else self.decode_config.chunk
+        run = self._run(prompts, seeds, chunk=chunk, stop=stop, **options)
         while True:
             try:
                 next(run)
@@ -192,77 +215,110 @@ class Engine:
         prompts: Sequence[Sequence[int]],
         seeds: Sequence[int],
         *,
-        chunk: int | None,
+        chunk: int,
         stop: Sequence[str] = (),
         sampling: SamplingConfig = SamplingConfig(),
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
+        controller: Controller | None = None,
     ) -> Iterator[list[str]]:
         """Yields each row's new text after every call of the loop, and returns the generations."""
         started = time.perf_counter()
-        model, options = self.model, self.decode_config
-        budget = options.max_new_tokens if max_new_tokens is None else max_new_tokens
         batch = max(batch_size or 1, len(prompts))
+        budget = self.decode_config.max_new_tokens if max_new_tokens is None else max_new_tokens
         if budget < 1:
             raise UserError(f"max_new_tokens is {budget}; expected an integer >= 1")
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; expected one each")
-        state = self._start(prompts, seeds, batch, budget)
-        settings = _sampling_arrays(sampling, batch)
-        rows = [_Row(TextStream(model.tokenizer, stop), len(prompt)) for prompt in prompts]
+        if controller is not None and self.drafter is None:
+            raise UserError(f"controller {controller} needs an exit branch, and none is loaded")
+        state = self.prefill(prompts, seeds, batch, budget, controller)
+        rows = [_Row(TextStream(self.model.tokenizer, stop), len(prompt)) for prompt in prompts]
         first_token_seconds = 0.0
         steps = 1  # the first token alone, so that its time is seen
-        while any(row.finish == loop.RUNNING for row in rows):
-            state = _decode(model.config, model.eos_ids, model.params, settings, state, jnp.int32(steps))
+        while any(row.finish == RUNNING for row in rows):
+            state = self.decode(state, sampling, controller, steps)
             tokens, length, finish = jax.device_get((state.tokens, state.length, state.finish))
             elapsed = time.perf_counter() - started
             first_token_seconds = first_token_seconds or elapsed
             yield [_take(row, tokens[i], length[i], finish[i], elapsed) for i, row in enumerate(rows)]
             if any(row.finish != finish[i] for i, row in enumerate(rows)):
-                ends = np.array([row.finish for row in rows] + [loop.LENGTH] * (batch - len(rows)), np.int32)
+                ends = np.array([row.finish for row in rows] + [LENGTH] * (batch - len(rows)), np.int32)
                 state = state._replace(finish=jnp.asarray(ends))
-            steps = chunk or budget
-        return [
-            Generation(
-                text=row.text.text,
-                token_ids=tokens[i, row.prompt_tokens :][: row.text.num_tokens].tolist(),
-                prompt_tokens=row.prompt_tokens,
-                finish_reason=_FINISH_REASONS[row.finish],
-                rounds=row.text.num_tokens,
-                seconds=row.seconds,
-                first_token_seconds=first_token_seconds,
-            )
-            for i, row in enumerate(rows)
-        ]
+            steps = chunk
+        log = None if state.draft is None else jax.device_get(state.draft.log)
+        generations = []
+        for i, row in enumerate(rows):
+            count = row.text.num_tokens
+            rounds = Rounds.plain(count) if log is None else Rounds(*(field[i, : log.rounds[i]] for field in log[1:])).cut(count)
+            token_ids = tokens[i, row.prompt_tokens :][:count].tolist()
+            reason = _FINISH_REASONS[row.finish]
+            generations.append(Generation(row.text.text, token_ids, row.prompt_tokens, reason, rounds, row.seconds, first_token_seconds))
+        return generations
 
-    def _start(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int) -> loop.DecodeState:
-        """Pads the prompts to their bucket and prefills."""
-        options, context = self.decode_config, self.model.config.context_length
-        lengths = np.array([len(prompt) for prompt in prompts] + [1] * (batch - len(prompts)), np.int32)
-        limits = np.array([min(len(prompt) + budget, context) for prompt in prompts] + [1] * (batch - len(prompts)), np.int32)
-        padded, capacity = bucket_shapes(options, int(lengths.max()), int(limits.max()))
+    def controller(self, name: str, *, batch: int = 1) -> Controller | None:
+        """The controller of that name (`eesd_jax.control.CONTROLLERS`), None for `plain`.
+
+        Args:
+          batch: rows that will be generated at once; `cost_aware` measures what its rounds cost, the first time on this machine.
+
+        Raises:
+          UserError: an unknown name or value, or no exit branch to draft with.
+        """
+        spec = control.parse_controller(name, self.drafter.draft.max_draft if self.drafter else DraftConfig.max_draft)
+        if spec.kind != "plain" and self.drafter is None:
+            raise UserError(f"controller {name!r} needs an exit branch, and none is loaded; expected plain")
+        calibration = self.drafter.calibration if self.drafter else Calibration()
+        cost = cost_table.round_costs(self, batch) if spec.kind == "cost_aware" else None
+        return control.build_controller(spec, ControllerConfig(), calibration, cost)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int, controller: Controller | None = None
+    ) -> DecodeState:
+        """Pads the prompts to their bucket, adds empty rows up to `batch`, and runs them through the model."""
+        options, config = self.decode_config, self.model.config
+        empty_rows = batch - len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts] + [1] * empty_rows, np.int32)
+        limits = np.array([min(len(prompt) + budget, config.context_length) for prompt in prompts] + [1] * empty_rows, np.int32)
+        drafter = self.drafter if controller is not None else None
+        # A round writes up to max_draft + 1 entries behind a row's last but one token, whatever the budget.
+        room = 0 if drafter is None else drafter.draft.max_draft + 1
+        padded, capacity = bucket_shapes(options, int(lengths.max()), int(limits.max()) + room)
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        keys = jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * (batch - len(prompts)), jnp.uint32))
-        return _prefill(
-            self.model.config,
+        state, exit_cache = _prefill(
+            config,
             self.model.params,
+            drafter.branch if drafter else None,
             tokens,
             lengths,
             limits,
-            keys,
+            jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, jnp.uint32)),
+            exit_layer=drafter.draft.exit_layer if drafter else config.num_layers,
             capacity=capacity,
             chunk=options.prompt_buckets[-1],
         )
+        return state if controller is None else speculative.start_drafting(state, exit_cache, controller)
+
+    def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
+        """Runs up to `max_steps` steps (rounds); `state` is used up."""
+        model = self.model
+        settings = _sampling_arrays(sampling, state.length.shape[0])
+        eos_ids, steps = jnp.array(model.eos_ids, jnp.int32), jnp.int32(max_steps)
+        if controller is None:
+            return _decode_plain(model.config, eos_ids, model.params, settings, state, steps)
+        branch, draft = self.drafter.branch, self.drafter.draft
+        return _decode_speculative(model.config, draft, controller, eos_ids, model.params, branch, settings, state, steps)
 
 
 def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) -> tuple[int, int]:
     """Padded prompt length and cache capacity, in tokens, for a batch: few values, so that few programs are compiled."""
     bucket = next((size for size in config.prompt_buckets if longest_prompt <= size), longest_prompt)
-    capacity = config.min_capacity
-    while capacity < max(bucket, longest_text):
-        capacity *= 2
+    power = config.min_capacity
+    while 2 * power < max(bucket, longest_text):
+        power *= 2
+    capacity = next(size for size in (power, power * 3 // 2, 2 * power) if size >= max(bucket, longest_text))
     return (bucket if longest_prompt <= config.prompt_buckets[-1] else capacity), capacity
 
 
@@ -278,11 +334,11 @@ def _sampling_arrays(config: SamplingConfig, batch: int) -> Sampling:
 
 def _take(row: _Row, tokens_S: np.ndarray, length: int, finish: int, elapsed: float) -> str:
     """Moves a row's new tokens into its text, ends the row where they end it, and returns the text to show."""
-    if row.finish != loop.RUNNING:
+    if row.finish != RUNNING:
         return ""
     piece = row.text.push(tokens_S[row.prompt_tokens + row.text.num_tokens : length])
-    if finish != loop.RUNNING and not row.text.stopped:
+    if finish != RUNNING and not row.text.stopped:
         piece += row.text.close()
-    row.finish = loop.STOPPED if row.text.stopped else int(finish)
+    row.finish = STOPPED if row.text.stopped else int(finish)
     row.seconds = elapsed
     return piece

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from typing import Any
 
 from eesd_jax.errors import UserError
 
@@ -14,56 +15,82 @@ class Conversation:
     """One record of a prompt file.
 
     Attributes:
-      id: as given, else the line number.
+      id: as given under `id` or `question_id`, else the line number.
       category: as given, else None.
       history: messages that come before the first turn.
       turns: user messages, to be answered in order, each with all before it in view.
+      line: number of its line, from 1.
     """
 
     id: str | int
     category: str | None
     history: tuple[dict[str, str], ...]
     turns: tuple[str, ...]
+    line: int
 
 
 def read_prompts(path: str | pathlib.Path) -> list[Conversation]:
-    """Reads a prompt file.
+    """Reads a prompt file; blank lines are skipped.
 
     Raises:
       UserError: the file is missing or empty, or a line is not what is expected (its number is named).
     """
     path = pathlib.Path(path).expanduser()
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"prompt file {str(path)!r}: no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {str(path)!r} cannot be read as UTF-8 text ({error})") from None
-    conversations = [_parse(line, number, path) for number, line in enumerate(lines, start=1) if line.strip()]
+    except OSError as error:
+        raise UserError(f"prompt file {str(path)!r} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"prompt file {str(path)!r}, line {line}: byte {error.object[error.start]:#04x}; expected UTF-8 text") from None
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends of lines.
+    conversations = [_parse(line, number, path) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not conversations:
         raise UserError(f"prompt file {str(path)!r} is empty; expected one JSON object a line: {_FORMS}")
     return conversations
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value can be a prompt: a string that is not blank, and of whole characters (JSON and argv can carry half ones)."""
+    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _parse(line: str, number: int, path: pathlib.Path) -> Conversation:
     where = f"prompt file {str(path)!r}, line {number}"
     try:
         record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not valid JSON ({error.msg} at column {error.colno})") from None
-    if not isinstance(record, dict):
-        raise UserError(f"{where}: found {type(record).__name__}; expected {_FORMS}")
-    history: list[dict[str, str]] = []
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else error
+        raise UserError(f"{where}: not valid JSON ({reason}); expected {_FORMS}") from None
     match record:
         case {"turns": [*turns]}:
-            pass
+            history = []
         case {"prompt": prompt}:
+            history, turns = [], [prompt]
+        case {"messages": [*history, {"role": "user", "content": prompt}]}:
             turns = [prompt]
-        case {"messages": [*history, {"role": "user", "content": last}]}:
-            turns = [last]
+        case {"messages": [*_, _]}:
+            raise UserError(f"{where}: the last message is {_short(record['messages'][-1])}; expected one of the role 'user'")
         case _:
-            raise UserError(f"{where}: expected {_FORMS}, messages ending with the user's")
-    messages_fit = all(isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in history)
-    if not turns or not messages_fit or not all(isinstance(turn, str) and turn for turn in turns):
-        raise UserError(f"{where}: every turn and every message's content must be a text that is not empty")
-    return Conversation(record.get("id", number), record.get("category"), tuple(history), tuple(turns))
+            raise UserError(f"{where}: found {_short(record)}; expected {_FORMS}")
+    if not turns:
+        raise UserError(f"{where}: turns is empty; expected a list of texts")
+    for turn in turns:
+        if not is_text(turn):
+            raise UserError(f"{where}: prompt {_short(turn)}; expected a text that is not blank")
+    for message in history:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            raise UserError(f'{where}: message {_short(message)}; expected {{"role": "...", "content": "..."}}')
+    category, identity = record.get("category"), record.get("id", record.get("question_id"))
+    if not isinstance(category, str | None):
+        raise UserError(f"{where}: category {_short(category)}; expected a text")
+    if isinstance(identity, bool) or not isinstance(identity, str | int | None):
+        raise UserError(f"{where}: id {_short(identity)}; expected a text or an integer")
+    return Conversation(number if identity is None else identity, category, tuple(history), tuple(turns), number)
+
+
+def _short(value: Any, limit: int = 80) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= limit else f"{text[:limit]}..."

@@ -6,49 +6,63 @@ python infer/generate.py                                  # a chat with the buil
 """
 
 import contextlib
-import itertools
 import json
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from absl import flags
+from rich.console import Console
 from rich.progress import Progress
 
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that it misses PyTorch, which nothing here needs
+
 from eesd_jax import cli
-from eesd_jax.engine import Engine, Generation, Messages
+from eesd_jax.engine import Engine, Messages
 from eesd_jax.errors import UserError
-from eesd_jax.prompts import Conversation, read_prompts
+from eesd_jax.generation import Generation, Rounds
+from eesd_jax.prompts import Conversation, is_text, read_prompts
 
 FLAGS = flags.FLAGS
-cli.define_model_flags()
-cli.define_generation_flags()
 flags.DEFINE_string("prompt", None, "A single prompt. Without --prompt and --prompts, a chat is opened.")
-flags.DEFINE_bool("stream", None, "Show text as it comes; default: if stdout is a terminal.")
+cli.define_generation_flags()
+cli.define_model_flags()
+flags.DEFINE_bool("stream", None, "Show an answer as it comes; default: if stdout is a terminal.")
 flags.DEFINE_string("output", None, "File to write, one JSON object a turn.")
+
+Write = Callable[[dict[str, Any]], None]
+
+# The answer to a turn for which the turns before it left no room.
+NO_ROOM = Generation("", [], prompt_tokens=0, finish_reason="length", log=Rounds.plain(0), seconds=0.0, first_token_seconds=0.0)
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
+    check_flags()
+    conversations = None if FLAGS.prompts is None else read_prompts(FLAGS.prompts)
+    with output_lines() as write:
+        engine = cli.load_from_flags()
+        if conversations is not None:
+            answer_file(engine, conversations, write)
+        elif FLAGS.prompt is not None:
+            write(record("prompt", 0, FLAGS.prompt, show(engine, FLAGS.prompt)))
+        else:
+            chat(engine, write)
+
+
+def check_flags() -> None:
+    """Finds what is wrong with the flags before anything slow is started."""
     cli.check_generation_flags()
     if FLAGS.prompt is not None and FLAGS.prompts is not None:
-        raise UserError("--prompt and --prompts are both given; expected one of them")
-    if FLAGS.prompt is not None and not FLAGS.prompt:
-        raise UserError("--prompt is empty; expected some text")
-    if FLAGS.prompts is not None:
-        conversations = read_prompts(FLAGS.prompts)
-        answer_file(cli.load_from_flags(), conversations)
-    elif FLAGS.prompt is not None:
-        answer_prompt(cli.load_from_flags(), FLAGS.prompt)
-    else:
-        chat(cli.load_from_flags())
-
-
-def answer_prompt(engine: Engine, prompt: str) -> None:
-    """Answers one prompt on stdout, streaming in a terminal."""
-    with output_lines() as write:
-        generation = show(engine, prompt)
-        write(record("prompt", 0, prompt, generation))
+        raise UserError(f"--prompt is {FLAGS.prompt!r} and --prompts is {FLAGS.prompts!r}; expected only one of them")
+    if FLAGS.prompt is not None and not is_text(FLAGS.prompt):
+        raise UserError(f"--prompt is {FLAGS.prompt!r}; expected a text that is not blank")
+    if FLAGS.prompt is None and FLAGS.prompts is None and FLAGS.chat is False:
+        raise UserError("--nochat is given without --prompt or --prompts; expected one of them, or a chat")
+    if FLAGS.output and FLAGS.prompts and os.path.realpath(FLAGS.output) == os.path.realpath(FLAGS.prompts):
+        raise UserError(f"--output is {FLAGS.output!r}, the file of prompts; expected another file")
 
 
 def show(engine: Engine, prompt: str | Messages) -> Generation:
@@ -56,16 +70,16 @@ def show(engine: Engine, prompt: str | Messages) -> Generation:
     stream = FLAGS.stream if FLAGS.stream is not None else sys.stdout.isatty()
     options = {"sampling": cli.sampling_from_flags(), "stop": FLAGS.stop, "chat": FLAGS.chat, "seed": FLAGS.seed}
     if stream:
-        generation = yield_all(engine.stream(prompt, **options))
-        print()
+        generation = print_all(engine.stream(prompt, **options))
     else:
         generation = engine.generate(prompt, **options)
-        print(generation.text, flush=True)
+        print(generation.text, end="")
+    print(flush=True)
     print(statistics(generation), file=sys.stderr)
     return generation
 
 
-def yield_all(pieces: Iterator[str]) -> Generation:
+def print_all(pieces: Iterator[str]) -> Generation:
     """Prints the pieces as they come and returns what the stream returns at its end."""
     while True:
         try:
@@ -81,66 +95,117 @@ def statistics(generation: Generation) -> str:
     )
 
 
-def chat(engine: Engine) -> None:
+def chat(engine: Engine, write: Write) -> None:
     """Reads messages from stdin and answers each with the conversation in view."""
-    if FLAGS.chat is False or not engine.has_chat_template:
-        raise UserError("a chat needs a model with a chat template, and --chat; for plain text give --prompt")
-    print("Chat with the model. /reset starts again, /exit or end of input leaves.", file=sys.stderr)
+    if not engine.has_chat_template:
+        raise UserError(f"model {FLAGS.model!r} has no chat template, so there can be no chat; expected --prompt or --prompts")
+    print(f"Chat with {FLAGS.model}. /reset starts again; /exit or end of input leaves.", file=sys.stderr, flush=True)
+    sys.stdin.reconfigure(errors="surrogateescape")  # so that bytes which are no text come here and are named
     history: list[dict[str, str]] = []
-    with output_lines() as write:
-        for turn in itertools.count():
+    conversation = 1
+    while (message := next_message()) not in (None, "/exit"):
+        if message == "/reset":
+            history, conversation = [], conversation + 1
+        elif message:
+            question = {"role": "user", "content": message}
             try:
-                message = input("> ").strip()
-            except EOFError:
-                return
-            if message == "/exit":
-                return
-            if message == "/reset":
-                history.clear()
-            elif message:
-                try:
-                    generation = show(engine, [*history, {"role": "user", "content": message}])
-                except UserError as error:
-                    print(f"error: {error}; /reset starts again", file=sys.stderr)
-                    continue
-                history += [{"role": "user", "content": message}, {"role": "assistant", "content": generation.text}]
-                write(record("chat", turn, message, generation))
+                generation = show(engine, [*history, question])
+            except UserError as error:
+                print(f"error: {error}; /reset starts again", file=sys.stderr, flush=True)
+                continue
+            write(record(f"chat-{conversation}", len(history) // 2, message, generation))
+            history += [question, {"role": "assistant", "content": generation.text}]
 
 
-def answer_file(engine: Engine, conversations: list[Conversation]) -> None:
-    """Answers every turn of every conversation, a batch of conversations at a time; JSON lines on stdout where there is no --output."""
-    turns = sum(len(conversation.turns) for conversation in conversations)
+def next_message() -> str | None:
+    """The user's next line, or None at the end of input; only a terminal sees a prompt."""
+    in_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if in_terminal:
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  arrow keys and history in input()
+        print()
+    try:
+        message = input("> " if in_terminal else "").strip()
+    except EOFError:
+        if in_terminal:
+            print()
+        return None
+    if message and not is_text(message):
+        raise UserError(f"message {message!r}; expected UTF-8 text")
+    return message
+
+
+def answer_file(engine: Engine, conversations: list[Conversation], write: Write) -> None:
+    """Answers every turn of every conversation, a batch of conversations at a time; lines are written in the order of the file."""
     use_chat = engine.has_chat_template if FLAGS.chat is None else FLAGS.chat
-    tokens, seconds = 0, 0.0
-    with output_lines() as write, Progress(transient=True, disable=not sys.stderr.isatty()) as progress:
+    check_prompts(engine, conversations, use_chat)
+    turns = sum(len(conversation.turns) for conversation in conversations)
+    batch_size = min(FLAGS.batch_size, len(conversations))
+    tokens, started = 0, time.perf_counter()
+    # Lines that go to a terminal show themselves how far it is.
+    hidden = not sys.stderr.isatty() or (not FLAGS.output and sys.stdout.isatty())
+    with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True, disable=hidden) as progress:
         task = progress.add_task("generating", total=turns)
-        for first in range(0, len(conversations), FLAGS.batch_size):
-            batch = list(enumerate(conversations))[first : first + FLAGS.batch_size]
-            histories = {index: list(conversation.history) for index, conversation in batch}
-            for turn in range(max(len(conversation.turns) for _, conversation in batch)):
-                rows = [(index, conversation) for index, conversation in batch if turn < len(conversation.turns)]
-                for index, conversation in rows:
-                    histories[index].append({"role": "user", "content": conversation.turns[turn]})
-                generations = engine.generate_batch(
-                    [histories[index] if use_chat else plain_text(histories[index]) for index, _ in rows],
-                    seeds=[FLAGS.seed + index for index, _ in rows],
-                    chat=use_chat,
-                    sampling=cli.sampling_from_flags(),
-                    stop=FLAGS.stop,
-                    batch_size=FLAGS.batch_size,
-                )
-                for (index, conversation), generation in zip(rows, generations, strict=True):
-                    histories[index].append({"role": "assistant", "content": generation.text})
-                    write(record(conversation.id, turn, conversation.turns[turn], generation))
-                tokens += sum(len(generation.token_ids) for generation in generations)
-                seconds += max(generation.seconds for generation in generations)
-                progress.advance(task, len(rows))
+        for first in range(0, len(conversations), batch_size):
+            batch = dict(list(enumerate(conversations))[first : first + batch_size])
+            answers = {}
+            for index, turn, generation in answer_batch(engine, batch, batch_size, use_chat):
+                answers[index, turn] = generation
+                tokens += len(generation.token_ids)
+                progress.advance(task)
+            for (index, turn), generation in sorted(answers.items(), key=lambda item: item[0]):
+                write(record(batch[index].id, turn, batch[index].turns[turn], generation))
+    seconds = time.perf_counter() - started
     print(f"[{turns} turns, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
 
 
-def plain_text(history: list[dict[str, str]]) -> str:
-    """A conversation without a chat template: its texts, one after the other."""
-    return "\n".join(message["content"] for message in history)
+def answer_batch(engine: Engine, batch: dict[int, Conversation], batch_size: int, use_chat: bool) -> Iterator[tuple[int, int, Generation]]:
+    """Answers some conversations side by side, turn by turn; yields (index in the file, turn, answer)."""
+    histories = {index: list(conversation.history) for index, conversation in batch.items()}
+    for turn in range(max(len(conversation.turns) for conversation in batch.values())):
+        rows = {}
+        for index, conversation in batch.items():
+            if turn < len(conversation.turns):
+                histories[index].append({"role": "user", "content": conversation.turns[turn]})
+                try:
+                    rows[index] = encode(engine, histories[index], use_chat)
+                except UserError as error:  # the answers so far have made it too long
+                    cli.warn(f"{where(conversation)}, turn {turn + 1} is left without an answer: {error}")
+                    yield index, turn, NO_ROOM
+        generations = (
+            engine.generate_ids(
+                list(rows.values()),
+                seeds=[FLAGS.seed + index for index in rows],
+                sampling=cli.sampling_from_flags(),
+                stop=FLAGS.stop,
+                batch_size=batch_size,
+            )
+            if rows
+            else []
+        )
+        for index, generation in zip(rows, generations, strict=True):
+            histories[index].append({"role": "assistant", "content": generation.text})
+            yield index, turn, generation
+
+
+def check_prompts(engine: Engine, conversations: list[Conversation], use_chat: bool) -> None:
+    """Finds the records that cannot be answered before any is: a first turn that is too long, or a later one that is so even alone."""
+    for conversation in conversations:
+        first, *later = ({"role": "user", "content": turn} for turn in conversation.turns)
+        for turn, messages in enumerate([[*conversation.history, first], *([message] for message in later)], start=1):
+            try:
+                encode(engine, messages, use_chat)
+            except UserError as error:
+                raise UserError(f"{where(conversation)}, turn {turn}: {error}") from None
+
+
+def encode(engine: Engine, messages: list[dict[str, str]], use_chat: bool) -> list[int]:
+    """Token ids of a conversation; without a chat template its texts, one after the other."""
+    return engine.encode(messages if use_chat else "\n".join(message["content"] for message in messages), chat=use_chat)
+
+
+def where(conversation: Conversation) -> str:
+    return f"prompt file {FLAGS.prompts!r}, line {conversation.line}"
 
 
 def record(identity: str | int, turn: int, prompt: str, generation: Generation) -> dict[str, Any]:
@@ -153,16 +218,16 @@ def record(identity: str | int, turn: int, prompt: str, generation: Generation) 
         "token_ids": generation.token_ids,
         "new_tokens": len(generation.token_ids),
         "rounds": generation.rounds,
-        "drafted": 0,
-        "accepted": 0,
-        "tokens_per_round": len(generation.token_ids) / generation.rounds,
+        "drafted": generation.drafted,
+        "accepted": generation.accepted,
+        "tokens_per_round": generation.tokens_per_round,
         "seconds": round(generation.seconds, 4),
         "finish_reason": generation.finish_reason,
     }
 
 
 @contextlib.contextmanager
-def output_lines() -> Iterator[Any]:
+def output_lines() -> Iterator[Write]:
     """A function that writes one record: to --output, to stdout for a prompt file without it, else nowhere."""
     if FLAGS.output:
         with cli.whole_file(FLAGS.output) as file:

@@ -1,99 +1,93 @@
-"""Generation as one `lax.while_loop` over a state that is all arrays: prefill, the plain step, and the loop that serves both at once.
+"""Generation as one `lax.while_loop`: prefill, the plain step, and the loop that serves plain and speculative decoding alike.
 
 `decode` runs to the end, or for a bounded number of steps (streaming, stop strings): the same compiled program, called once or many times.
 
-Invariant: the cache holds keys and values of exactly the first `length - 1` committed tokens of each row. The last committed token is run
-by the next step, so every token, the first included, comes out of a step.
-
-Axes: B rows, P padded prompt, S capacity in tokens, V vocabulary.
+Axes: B rows, P padded prompt, S capacity in tokens, V vocabulary, E ids that end a text.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
 from eesd_jax.config import ModelConfig
 from eesd_jax.decode.sampling import Sampling, sample
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
 from eesd_jax.model import cache as kv
 from eesd_jax.model import llama
-
-RUNNING, EOS, LENGTH, STOPPED = range(4)
-
-
-class DecodeState(NamedTuple):
-    """Everything that generation carries from step to step.
-
-    tokens: int32 [B, S], committed tokens, prompt first; what lies behind `length` is meaningless.
-    length: int32 [B], committed tokens of each row.
-    limit: int32 [B], the length at which a row's budget is used up.
-    finish: int32 [B], RUNNING, or why the row ended: EOS, LENGTH, or STOPPED from outside.
-    row_keys: PRNG keys [B]; the token at position i is drawn with `fold_in(row_key, i)`, so a row's samples depend on nothing but the row.
-    cache: keys and values, capacity S.
-    """
-
-    tokens: jax.Array
-    length: jax.Array
-    limit: jax.Array
-    finish: jax.Array
-    row_keys: jax.Array
-    cache: kv.KVCache
+from eesd_jax.model.exit_branch import ExitBranch, run_exit_block
 
 
 def prefill(
     config: ModelConfig,
     params: llama.Params,
+    branch: ExitBranch | None,
     prompt_BxP: jax.Array,
     length_B: jax.Array,
     limit_B: jax.Array,
     row_keys_B: jax.Array,
     *,
+    exit_layer: int,
     capacity: int,
     chunk: int,
-) -> DecodeState:
-    """Runs the prompts through the model and returns the state before the first step.
+) -> tuple[DecodeState, kv.KVCache | None]:
+    """Runs the prompts through the model.
 
     Args:
+      branch: whose keys and values are wanted too, or None.
       prompt_BxP: int32 [B, P], each row padded on the right. P <= chunk, or a multiple of it: longer prompts are run chunk by chunk, so
         that attention never holds P x P scores.
       length_B: int32 [B], tokens of each prompt, at least 1.
       limit_B: int32 [B], prompt length plus budget; at most `capacity`.
       row_keys_B: PRNG keys [B].
-      capacity: slots of the cache, static; at least P.
+      exit_layer: blocks before the exit branch (any number where there is none), static.
+      capacity: slots of the caches, static; at least P.
+
+    Returns:
+      The state before the first plain step, and the exit block's cache (None without a branch).
     """
     batch, padded = prompt_BxP.shape
+    early, late = range(exit_layer), range(exit_layer, config.num_layers)
+
+    def run(tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None) -> tuple[kv.KVCache, kv.KVCache | None, jax.Array]:
+        x = llama.embed(params, tokens_BxT)
+        h, early_entries = llama.forward_blocks(config, params["blocks"], x, start_B, cache, early)
+        x, late_entries = llama.forward_blocks(config, params["blocks"], h, start_B, cache, late)
+        exit_entries = None if branch is None else run_exit_block(config, branch, h, start_B, None)[1]
+        return kv.KVCache(early_entries.k + late_entries.k, early_entries.v + late_entries.v), exit_entries, x
+
     if padded <= chunk:
-        x = llama.embed(params, prompt_BxP)
-        _, new = llama.forward_blocks(config, params["blocks"], x, jnp.zeros(batch, jnp.int32), None, range(config.num_layers))
-        pad = capacity - padded
-        cache = kv.KVCache(
-            tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, pad))) for k in new.k),
-            tuple(jnp.pad(v, ((0, 0), (0, 0), (0, pad), (0, 0))) for v in new.v),
-        )
+        cache, exit_cache, _ = run(prompt_BxP, jnp.zeros(batch, jnp.int32), None)
+        cache = kv.pad(cache, capacity - padded)
+        exit_cache = None if exit_cache is None else kv.pad(exit_cache, capacity - padded)
     else:
 
-        def run_chunk(index: jax.Array, cache: kv.KVCache) -> kv.KVCache:
+        def run_chunk(index: jax.Array, caches: tuple[kv.KVCache, kv.KVCache | None]) -> tuple[kv.KVCache, kv.KVCache | None]:
+            cache, exit_cache = caches
             start_B = jnp.full(batch, index * chunk, jnp.int32)
-            x = llama.embed(params, jax.lax.dynamic_slice_in_dim(prompt_BxP, index * chunk, chunk, axis=1))
-            _, new = llama.forward_blocks(config, params["blocks"], x, start_B, cache, range(config.num_layers))
-            return kv.write(cache, new, start_B)
+            tokens_BxT = jax.lax.dynamic_slice_in_dim(prompt_BxP, index * chunk, chunk, axis=1)
+            entries, exit_entries, x = run(tokens_BxT, start_B, cache)
+            exit_cache = None if exit_cache is None else kv.write(exit_cache, exit_entries, start_B, after=x)
+            return kv.write(cache, entries, start_B, after=x), exit_cache
 
         # Entries behind a row's own length are garbage, and hidden by its length like everything else there.
         chunks = (jnp.max(length_B) + chunk - 1) // chunk
-        cache = jax.lax.fori_loop(0, chunks, run_chunk, kv.empty(config, batch, capacity, params["embed"].dtype))
+        dtype = params["embed"].dtype
+        exit_cache = None if branch is None else kv.empty(config, batch, capacity, dtype, blocks=1)
+        cache, exit_cache = jax.lax.fori_loop(0, chunks, run_chunk, (kv.empty(config, batch, capacity, dtype), exit_cache))
     tokens = jnp.pad(prompt_BxP, ((0, 0), (0, capacity - padded)))
     finish = jnp.where(length_B < limit_B, RUNNING, LENGTH)  # rows that only fill up the batch have no budget
-    return DecodeState(tokens, length_B, limit_B, finish, row_keys_B, cache)
+    return DecodeState(tokens, length_B, limit_B, finish, row_keys_B, cache, None), exit_cache
 
 
-def plain_step(config: ModelConfig, eos_ids: tuple[int, ...], params: llama.Params, sampling: Sampling, state: DecodeState) -> DecodeState:
+def plain_step(config: ModelConfig, eos_ids_E: jax.Array, params: llama.Params, sampling: Sampling, state: DecodeState) -> DecodeState:
     """Runs the last committed token of every row through the whole model, and commits one more in the rows that are not finished."""
     batch = state.length.shape[0]
     rows = jnp.arange(batch)
     start_B = state.length - 1
     x = llama.embed(params, state.tokens[rows, start_B][:, None])
     x, new = llama.forward_blocks(config, params["blocks"], x, start_B, state.cache, range(config.num_layers))
-    cache = kv.write(state.cache, new, start_B)
+    cache = kv.write(state.cache, new, start_B, after=x)
     keys = jax.vmap(jax.random.fold_in)(state.row_keys, state.length)
     token = sample(keys, llama.logits(config, params, x)[:, 0], sampling).token
 
@@ -101,18 +95,11 @@ def plain_step(config: ModelConfig, eos_ids: tuple[int, ...], params: llama.Para
     # A finished row keeps its length: it computes the same thing again, into the same slot, and commits nothing.
     tokens = state.tokens.at[rows, state.length].set(jnp.where(running, token, state.tokens[rows, state.length]))
     length = state.length + running
-    finish = jnp.where(jnp.isin(token, jnp.array(eos_ids, jnp.int32)), EOS, jnp.where(length >= state.limit, LENGTH, RUNNING))
+    finish = jnp.where(jnp.isin(token, eos_ids_E), EOS, jnp.where(length >= state.limit, LENGTH, RUNNING))
     return state._replace(tokens=tokens, length=length, finish=jnp.where(running, finish, state.finish), cache=cache)
 
 
-def decode(
-    config: ModelConfig,
-    eos_ids: tuple[int, ...],
-    params: llama.Params,
-    sampling: Sampling,
-    state: DecodeState,
-    max_steps: jax.Array,
-) -> DecodeState:
+def decode(step: Callable[[DecodeState], DecodeState], state: DecodeState, max_steps: jax.Array) -> DecodeState:
     """Steps until every row is finished, or `max_steps` (int32, traced) are done."""
 
     def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
@@ -123,6 +110,6 @@ def decode(
 
     def body(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
         state, steps = carry
-        return plain_step(config, eos_ids, params, sampling, state), steps + 1
+        return step(state), steps + 1
 
     return jax.lax.while_loop(unfinished, body, (state, jnp.int32(0)))[0]

@@ -24,22 +24,27 @@ class KVCache(NamedTuple):
     v: tuple[jax.Array, ...]
 
 
-def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype) -> KVCache:
-    """A cache of zeros for `batch` rows of `capacity` tokens."""
+def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, blocks: int | None = None) -> KVCache:
+    """A cache of zeros for `batch` rows of `capacity` tokens, of all the model's blocks or of the number given."""
+    blocks = config.num_layers if blocks is None else blocks
     heads = (batch, config.num_kv_heads)
-    keys = tuple(jnp.zeros((*heads, config.head_dim, capacity), dtype) for _ in range(config.num_layers))
-    values = tuple(jnp.zeros((*heads, capacity, config.head_dim), dtype) for _ in range(config.num_layers))
+    keys = tuple(jnp.zeros((*heads, config.head_dim, capacity), dtype) for _ in range(blocks))
+    values = tuple(jnp.zeros((*heads, capacity, config.head_dim), dtype) for _ in range(blocks))
     return KVCache(keys, values)
 
 
-def write(cache: KVCache, new: KVCache, start_B: jax.Array) -> KVCache:
+def write(cache: KVCache, new: KVCache, start_B: jax.Array, after: jax.Array) -> KVCache:
     """Writes the new entries of one pass of T tokens at each row's own position.
 
     Args:
       cache: capacity S; `start + T <= S` must hold for every row, because `dynamic_update_slice` clamps and would overwrite live entries.
       new: entries of T tokens, for the same blocks.
       start_B: int32 [B], the slot of each row's first new entry.
+      after: the output of the pass that read the cache (any float array). The write is made to depend on it: XLA, left to choose, would
+        write while blocks still read, and copy every cache every step to be able to.
     """
+    # Zero, but XLA does not know: it cannot rule out a NaN.
+    start_B = start_B + jnp.isnan(after.ravel()[0]).astype(jnp.int32)
 
     def write_rows(old: jax.Array, entries: jax.Array, slot_axis: int) -> jax.Array:
         def write_row(old_row: jax.Array, entry: jax.Array, start: jax.Array) -> jax.Array:
@@ -49,4 +54,11 @@ def write(cache: KVCache, new: KVCache, start_B: jax.Array) -> KVCache:
 
     keys = tuple(write_rows(old, entries, 2) for old, entries in zip(cache.k, new.k, strict=True))
     values = tuple(write_rows(old, entries, 1) for old, entries in zip(cache.v, new.v, strict=True))
+    return KVCache(keys, values)
+
+
+def pad(entries: KVCache, slots: int) -> KVCache:
+    """Adds `slots` empty slots behind the entries."""
+    keys = tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, slots))) for k in entries.k)
+    values = tuple(jnp.pad(v, ((0, 0), (0, 0), (0, slots), (0, 0))) for v in entries.v)
     return KVCache(keys, values)

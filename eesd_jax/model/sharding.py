@@ -3,12 +3,15 @@
 Mesh axes: `data` (replicas, across slices), `fsdp` (weights split over their embed axis), `tensor` (heads, mlp and vocabulary).
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.config import ModelConfig
+from eesd_jax.errors import UserError
 from eesd_jax.model import llama
 
 MESH_AXES = ("data", "fsdp", "tensor")
@@ -25,9 +28,11 @@ LOGICAL_AXIS_RULES = (
 
 
 def make_mesh(devices: list[jax.Device] | None = None, *, data: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of data x fsdp x tensor devices; `devices` defaults to the first ones there are."""
+    """A mesh of data x fsdp x tensor devices; `devices` defaults to the first ones there are. UserError where they are too few."""
     shape = (data, fsdp, tensor)
-    devices = devices if devices is not None else jax.devices()[: data * fsdp * tensor]
+    devices = (jax.devices() if devices is None else devices)[: math.prod(shape)]
+    if len(devices) < math.prod(shape):
+        raise UserError(f"a mesh of {data} x {fsdp} x {tensor} needs {math.prod(shape)} devices; there are {len(devices)}")
     # Auto axes: Linen's logical constraints do not work with Explicit ones, which jax.make_mesh would choose.
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
@@ -38,6 +43,12 @@ def abstract_params(config: ModelConfig) -> llama.Params:
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh) -> llama.Params:
-    """`NamedSharding` of every weight, in the structure of the (unboxed) params."""
-    specs = nn.get_partition_spec(abstract_params(config))
-    return nn.logical_to_mesh_sharding(specs, mesh, LOGICAL_AXIS_RULES)
+    """`NamedSharding` of every weight, in the structure of the (unboxed) params. An axis that does not divide evenly is not split."""
+    abstract = abstract_params(config)
+    shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, LOGICAL_AXIS_RULES)
+
+    def fit(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding:
+        axes = (axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(leaf.shape, sharding.spec, strict=True))
+        return NamedSharding(mesh, PartitionSpec(*axes))
+
+    return jax.tree.map(fit, nn.meta.unbox(abstract), shardings)

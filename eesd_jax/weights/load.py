@@ -80,16 +80,13 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
     if path.is_file():
         source = gguf.GGUFSource(path)
         hf_config = source.hf_config()
-        text = tokenizer.from_gguf(source)
-        eos_ids = hf_config["eos_token_id"]
+        config = ModelConfig.from_hf(hf_config, str(path))
+        text, eos_ids = tokenizer.from_gguf(source), hf_config["eos_token_id"]
     else:
         hf_config = safetensors.read_json(path / "config.json")
-        source = None  # opened after the architecture is known to be supported
-        text = None
-        eos_ids = _folder_eos_ids(path, hf_config)
-    config = ModelConfig.from_hf(hf_config, str(path))
-    source = source or safetensors.SafetensorsSource(path)
-    text = text or tokenizer.from_folder(path)
+        config = ModelConfig.from_hf(hf_config, str(path))
+        source = safetensors.SafetensorsSource(path)
+        text, eos_ids = tokenizer.from_folder(path), _folder_eos_ids(path, hf_config)
     if text.eos_token_id is not None:
         eos_ids = [*eos_ids, text.eos_token_id]
     if len(text) > config.vocab_size:
@@ -119,7 +116,9 @@ def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mes
         placements = sharding.param_shardings(config, mesh)
 
     def load(name: str, placement: jax.sharding.Sharding) -> jax.Array:
-        return jax.device_put(source.read(name).astype(dtype, copy=False), placement)
+        data = source.read(name).astype(dtype, copy=False)
+        # Each process hands over only the parts that its own devices hold; waiting keeps one tensor at a time in the host's memory.
+        return jax.make_array_from_callback(data.shape, placement, data.__getitem__).block_until_ready()
 
     return jax.tree.map(load, names, placements)
 

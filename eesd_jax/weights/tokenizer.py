@@ -39,15 +39,19 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "deepseek-r1-qwen": lambda: _words(r"\p{N}"),
 }
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def from_folder(folder: pathlib.Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; UserError where it has none that can be read."""
+    # transformers makes an empty tokenizer where there is no file at all.
+    if not any((folder / name).exists() for name in _VOCABULARY_FILES):
+        raise UserError(f"{folder}: no tokenizer in this folder; expected {' or '.join(_VOCABULARY_FILES)}")
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"{folder}: no tokenizer can be loaded from this folder; expected tokenizer.json ({reason})") from None
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{folder}: the tokenizer in this folder cannot be loaded ({reason})") from None
 
 
 def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
@@ -59,23 +63,22 @@ def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
     vocabulary = source.field("tokenizer.ggml.tokens")
     if not vocabulary:
         raise UserError(f"{source.description}: no metadata field tokenizer.ggml.tokens")
+    types = _per_token(source, "token_type", vocabulary, default=[_NORMAL] * len(vocabulary))
     kind = source.field("tokenizer.ggml.model")
     if kind == "gpt2":
         core, bos_by_default = _byte_level_bpe(source, vocabulary)
     elif kind == "llama":
-        core, bos_by_default = _sentencepiece_bpe(source, vocabulary), True
+        core, bos_by_default = _sentencepiece_bpe(source, vocabulary, types), True
     else:
         raise UserError(f"{source.description}: tokenizer model {kind!r} is not supported; supported are 'gpt2' and 'llama'")
-
-    token_types = source.field("tokenizer.ggml.token_type", [_NORMAL] * len(vocabulary))
-    core.add_special_tokens([_added(token) for token, type_ in zip(vocabulary, token_types, strict=True) if type_ == _CONTROL])
-    core.add_tokens([_added(token) for token, type_ in zip(vocabulary, token_types, strict=True) if type_ == _USER_DEFINED])
+    core.add_special_tokens([_added(token) for token, type_ in zip(vocabulary, types, strict=True) if type_ == _CONTROL])
+    core.add_tokens([_added(token) for token, type_ in zip(vocabulary, types, strict=True) if type_ == _USER_DEFINED])
 
     def special(name: str) -> str | None:
         token_id = source.field(f"tokenizer.ggml.{name}_token_id")
-        return None if token_id is None else vocabulary[token_id]
+        return vocabulary[token_id] if token_id is not None and 0 <= token_id < len(vocabulary) else None
 
-    bos, eos = special("bos"), special("eos")
+    bos = special("bos")
     if bos is not None and source.field("tokenizer.ggml.add_bos_token", bos_by_default):
         core.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary.index(bos))]
@@ -83,12 +86,22 @@ def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token=bos,
-        eos_token=eos,
+        eos_token=special("eos"),
         pad_token=special("padding"),
         unk_token=special("unknown"),
         chat_template=source.field("tokenizer.chat_template"),
         clean_up_tokenization_spaces=False,
     )
+
+
+def _per_token(source: GGUFSource, name: str, vocabulary: list[str], default: list[int] | None = None) -> list:
+    values = source.field(f"tokenizer.ggml.{name}", default)
+    if values is None or len(values) != len(vocabulary):
+        found = "no" if values is None else f"{len(values)} values in"
+        raise UserError(
+            f"{source.description}: {found} metadata field tokenizer.ggml.{name}; expected one for each of {len(vocabulary)} tokens"
+        )
+    return values
 
 
 def _added(token: str) -> AddedToken:
@@ -99,7 +112,10 @@ def _byte_level_bpe(source: GGUFSource, vocabulary: list[str]) -> tuple[Tokenize
     pre = source.field("tokenizer.ggml.pre", "default")
     if pre not in _PRE_TOKENIZERS:
         raise UserError(f"{source.description}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(_PRE_TOKENIZERS)}")
-    merges = [tuple(merge.split(" ", 1)) for merge in source.field("tokenizer.ggml.merges", [])]
+    merges = source.field("tokenizer.ggml.merges")
+    if merges is None:
+        raise UserError(f"{source.description}: no metadata field tokenizer.ggml.merges")
+    merges = [tuple(merge.split(" ", 1)) for merge in merges]
     is_llama3 = pre == "llama-bpe"
     core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, ignore_merges=is_llama3))
     if "qwen" in pre:
@@ -109,17 +125,17 @@ def _byte_level_bpe(source: GGUFSource, vocabulary: list[str]) -> tuple[Tokenize
     return core, is_llama3
 
 
-def _sentencepiece_bpe(source: GGUFSource, vocabulary: list[str]) -> Tokenizer:
-    scores = source.field("tokenizer.ggml.scores")
-    if scores is None:
-        raise UserError(f"{source.description}: no metadata field tokenizer.ggml.scores")
+def _sentencepiece_bpe(source: GGUFSource, vocabulary: list[str], types: list[int]) -> Tokenizer:
+    scores = _per_token(source, "scores", vocabulary)
     ids = {token: i for i, token in enumerate(vocabulary)}
-    # A SentencePiece model has no list of merges: every split of a token into two tokens is one, and the token's score ranks it.
+    pieces = {token for token, type_ in zip(vocabulary, types, strict=True) if type_ in (_NORMAL, _USER_DEFINED)}
+    # A SentencePiece model has no list of merges: every split of a piece into two pieces is one, and the piece's score ranks it.
     merges = []
     for token, score in zip(vocabulary, scores, strict=True):
-        splits = [(token[:cut], token[cut:]) for cut in range(1, len(token)) if token[:cut] in ids and token[cut:] in ids]
-        splits.sort(key=lambda parts: (ids[parts[0]], ids[parts[1]]))
-        merges += [(score, parts) for parts in splits]
+        if token in pieces:
+            splits = [(token[:cut], token[cut:]) for cut in range(1, len(token)) if token[:cut] in pieces and token[cut:] in pieces]
+            splits.sort(key=lambda parts: (ids[parts[0]], ids[parts[1]]))
+            merges += [(score, parts) for parts in splits]
     merges.sort(key=lambda merge: -merge[0])  # stable: equal scores stay in order
     unknown = vocabulary[source.field("tokenizer.ggml.unknown_token_id", 0)]
     core = Tokenizer(models.BPE(vocab=ids, merges=[parts for _, parts in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True))

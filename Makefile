@@ -1,0 +1,36 @@
+# Every target does its own set-up: a fresh clone needs only Python (3.11 or 3.12) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test parity lint clean
+
+demo: $(VENV)/.installed-run
+	$(BIN)/python infer/generate.py --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m "not parity"
+
+# Compares with transformers + PyTorch (CPU).
+parity: $(VENV)/.installed-parity
+	$(BIN)/python -m pytest -m parity
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-run: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+	touch $@
+
+$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test$(if $(filter parity,$*),$(comma)parity)]"
+	touch $@ $(VENV)/.installed-run
+
+comma := ,

@@ -1,0 +1,219 @@
+"""One round of early-exiting speculative decoding (EESD, section 3): draft, verify, accept, learn, roll back.
+
+`round_step` takes and returns the same kind of state as the plain step, so the loop, streaming and stop strings are shared. Within a round:
+
+1. Draft: blocks 1..N on the last committed token, then, while the controller wants another draft in some row, the exit branch and blocks
+   1..N on what it drafted. The hidden states behind block N are kept.
+2. Verify: blocks N+1..L on those hidden states, in one pass as wide as the longest draft needs.
+3. Accept: rejection sampling (`verify.py`); commit, cut at EOS and at the budget.
+4. Learn: the controller's state is updated from what was drafted and accepted.
+5. Roll back: only lengths say what is valid, so nothing is erased.
+
+The exit block's keys and values are plain projections of the hidden states, and all of them are written in verification, also that of the
+last draft, which the branch itself never ran on.
+
+Axes: B rows, K drafts at most, W = K + 1 positions, N blocks that draft, D hidden, Q draft vocabulary, E ids that end a text.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eesd_jax.config import DraftConfig, ModelConfig
+from eesd_jax.decode import verify
+from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.sampling import Sampling, sample
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, DraftState, RoundLog, empty_log
+from eesd_jax.model import cache as kv
+from eesd_jax.model import exit_branch, llama
+
+
+class _Drafting(NamedTuple):
+    """Carried from draft to draft.
+
+    k: int32 scalar, drafts so far. keep: bool [B], rows that draft on. hidden: [B, W, D] behind block N. drafts: see `verify.Drafts`.
+    plan: the controller's. early: caches of blocks 1..N. exit_cache: of the exit block.
+    """
+
+    k: jax.Array
+    keep: jax.Array
+    hidden: jax.Array
+    drafts: verify.Drafts
+    plan: Any
+    early: kv.KVCache
+    exit_cache: kv.KVCache
+
+
+def start_drafting(state: DecodeState, exit_cache: kv.KVCache, controller: Controller) -> DecodeState:
+    """Adds to a prefilled state what speculation carries; `exit_cache` is what prefill gave."""
+    batch, capacity = state.tokens.shape
+    return state._replace(draft=DraftState(exit_cache, controller.init(batch), empty_log(batch, capacity)))
+
+
+def _draft(
+    config: ModelConfig,
+    draft: DraftConfig,
+    controller: Controller,
+    params: llama.Params,
+    branch: exit_branch.ExitBranch,
+    sampling: Sampling,
+    state: DecodeState,
+    keys_B: jax.Array,
+) -> _Drafting:
+    """Step 1. Rows that stop early go through the motions until the last one stops; what they compute then lies behind their length."""
+    batch, max_draft = state.length.shape[0], draft.max_draft
+    layers = range(draft.exit_layer)
+    running = state.finish == RUNNING
+    # Of the tokens that the budget leaves, the last one need not be drafted: verification gives one in any case.
+    useful = jnp.where(running, state.limit - state.length - 1, 0)
+    decide_keys, draw_keys, plan_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
+
+    def early(tokens_B: jax.Array, k: jax.Array, caches: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
+        start_B = state.length - 1 + k
+        x = llama.embed(params, tokens_B[:, None])
+        x, new = llama.forward_blocks(config, params["blocks"], x, start_B, caches, layers)
+        return x[:, 0], kv.write(caches, new, start_B, after=x)
+
+    def decide(plan: Any, k: jax.Array, confidence_B: jax.Array, keep_B: jax.Array) -> tuple[jax.Array, Any]:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(decide_keys, k)
+        wanted, plan = controller.keep_drafting(keys, plan, k, confidence_B)
+        return keep_B & wanted & (k < jnp.minimum(useful, max_draft)), plan
+
+    last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
+    h, caches = early(last, jnp.int32(0), kv.KVCache(state.cache.k[: draft.exit_layer], state.cache.v[: draft.exit_layer]))
+    plan = controller.propose(plan_keys, state.draft.controller, running)
+    keep, plan = decide(plan, jnp.int32(0), jnp.ones(batch, jnp.float32), running)
+    hidden = jnp.zeros((batch, max_draft + 1, h.shape[-1]), h.dtype).at[:, 0].set(h)
+    nothing = jnp.zeros((batch, max_draft), jnp.int32)
+    probs = jnp.zeros((batch, max_draft, branch.draft_ids.size), jnp.float32)
+    drafts = verify.Drafts(nothing, jnp.zeros(batch, jnp.int32), nothing, probs)
+    carry = _Drafting(jnp.int32(0), keep, hidden, drafts, plan, caches, state.draft.exit_cache)
+
+    def body(c: _Drafting) -> _Drafting:
+        start_B = state.length - 1 + c.k
+        h_Bx1xD = jax.lax.dynamic_slice_in_dim(c.hidden, c.k, 1, axis=1)
+        x, new = exit_branch.run_exit_block(config, branch, h_Bx1xD, start_B, c.exit_cache)
+        exit_cache = kv.write(c.exit_cache, new, start_B, after=x)
+        logits_BxQ = exit_branch.draft_logits(config, branch, x)[:, 0]
+        draw = sample(jax.vmap(jax.random.fold_in, (0, None))(draw_keys, c.k), logits_BxQ, sampling)
+        token_B = branch.draft_ids[draw.token]
+        # Of the distribution as the branch gives it: a warped one would be sure of itself at temperature 0.
+        chosen_logit = jnp.take_along_axis(logits_BxQ, draw.token[:, None], axis=1)[:, 0]
+        confidence_B = jnp.exp(chosen_logit - jax.nn.logsumexp(logits_BxQ, axis=1))
+        drafts = verify.Drafts(
+            c.drafts.tokens.at[:, c.k].set(token_B),
+            c.drafts.count + c.keep,
+            c.drafts.chosen.at[:, c.k].set(draw.token),
+            c.drafts.probs.at[:, c.k].set(draw.probs),
+        )
+        h, caches = early(token_B, c.k + 1, c.early)
+        keep, plan = decide(c.plan, c.k + 1, confidence_B, c.keep)
+        return _Drafting(c.k + 1, keep, c.hidden.at[:, c.k + 1].set(h), drafts, plan, caches, exit_cache)
+
+    return jax.lax.while_loop(lambda c: jnp.any(c.keep), body, carry)
+
+
+class _Verified(NamedTuple):
+    """verdict: of `verify.accept`. late, exit_entries: new keys and values of blocks N+1..L and of the exit block, K + 1 tokens wide."""
+
+    verdict: verify.Verdict
+    late: kv.KVCache
+    exit_entries: kv.KVCache
+
+
+def _verify(
+    config: ModelConfig,
+    draft: DraftConfig,
+    params: llama.Params,
+    branch: exit_branch.ExitBranch,
+    sampling: Sampling,
+    state: DecodeState,
+    drafted: _Drafting,
+    keys_B: jax.Array,
+) -> _Verified:
+    """Steps 2 and 3, at the narrowest compiled width that holds every row's drafts.
+
+    Only new entries leave the branches of the switch: a cache that does would be copied.
+    """
+    start_B = state.length - 1
+
+    def at_width(width: int) -> _Verified:
+        hidden = drafted.hidden[:, :width]
+        x, late = llama.forward_blocks(config, params["blocks"], hidden, start_B, state.cache, range(draft.exit_layer, config.num_layers))
+        _, exit_entries = exit_branch.run_exit_block(config, branch, hidden, start_B, None)
+        d = drafted.drafts
+        narrow = verify.Drafts(d.tokens[:, : width - 1], d.count, d.chosen[:, : width - 1], d.probs[:, : width - 1])
+        verdict = verify.accept(keys_B, narrow, branch.draft_ids, llama.logits(config, params, x), sampling)
+        pad = draft.max_draft + 1 - width
+        return _Verified(verdict, kv.pad(late, pad), kv.pad(exit_entries, pad))
+
+    widths = draft.widths
+    choice = jnp.searchsorted(jnp.array(widths), jnp.max(drafted.drafts.count) + 1)
+    return jax.lax.switch(choice, [lambda width=width: at_width(width) for width in widths])
+
+
+def round_step(
+    config: ModelConfig,
+    draft: DraftConfig,
+    controller: Controller,
+    eos_ids_E: jax.Array,
+    params: llama.Params,
+    branch: exit_branch.ExitBranch,
+    sampling: Sampling,
+    state: DecodeState,
+) -> DecodeState:
+    """Drafts, verifies and commits at least one token in every row that is not finished.
+
+    Args:
+      config, draft, controller: static.
+      eos_ids_E: int32 [E].
+      state: with `state.draft` (see `start_drafting`); capacity at least limit + max_draft + 1.
+    """
+    batch = state.length.shape[0]
+    rows = jnp.arange(batch)
+    # A row's length grows every round, so no key is used twice, and none depends on the other rows.
+    round_keys = jax.vmap(jax.random.fold_in)(state.row_keys, state.length)
+    draft_keys, verify_keys = jax.vmap(jax.random.split, out_axes=1)(round_keys)
+    drafted = _draft(config, draft, controller, params, branch, sampling, state, draft_keys)
+    verified = _verify(config, draft, params, branch, sampling, state, drafted, verify_keys)
+
+    # Caches: blocks 1..N were written while drafting.
+    exit_layer, start_B = draft.exit_layer, state.length - 1
+    old_late = kv.KVCache(state.cache.k[exit_layer:], state.cache.v[exit_layer:])
+    late = kv.write(old_late, verified.late, start_B, after=verified.late.v[0])
+    exit_cache = kv.write(drafted.exit_cache, verified.exit_entries, start_B, after=verified.exit_entries.v[0])
+    cache = kv.KVCache(drafted.early.k + late.k, drafted.early.v + late.v)
+
+    # Commit: the accepted drafts and the target's own token, cut behind the first EOS and at the budget.
+    accepted, count = verified.verdict.accepted, drafted.drafts.count
+    place_W = jnp.arange(draft.max_draft + 1)
+    padded = jnp.pad(drafted.drafts.tokens, ((0, 0), (0, 1)))
+    new_BxW = jnp.where(place_W < accepted[:, None], padded, verified.verdict.token[:, None])
+    running = state.finish == RUNNING
+    within = place_W <= accepted[:, None]
+    is_eos = within & jnp.isin(new_BxW, eos_ids_E)
+    up_to_eos = jnp.where(jnp.any(is_eos, axis=1), jnp.argmax(is_eos, axis=1) + 1, accepted + 1)
+    committed = jnp.where(running, jnp.minimum(up_to_eos, state.limit - state.length), 0)
+    ended_by_eos = jnp.any(is_eos & (place_W < committed[:, None]), axis=1)
+    length = state.length + committed
+    finish = jnp.where(ended_by_eos, EOS, jnp.where(length >= state.limit, LENGTH, RUNNING))
+    tokens = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(state.tokens, new_BxW, state.length, 0)
+
+    # Learn from what was committed: drafts behind the end of the text are neither hits nor misses.
+    cut = committed <= accepted
+    kept = jnp.minimum(accepted, committed)
+    tested = jnp.where(cut, kept, count)
+    old = state.draft
+    learned = controller.update(old.controller, tested, kept)
+    learned = jax.tree.map(lambda new, before: jnp.where(running, new, before), learned, old.controller)
+    log = RoundLog(
+        old.log.rounds + running,
+        *(
+            field.at[rows, jnp.where(running, old.log.rounds, field.shape[1])].set(value)  # out of bounds is dropped
+            for field, value in zip(old.log[1:], (count, kept, committed, controller.mean(old.controller)), strict=True)
+        ),
+    )
+    return DecodeState(
+        tokens, length, state.limit, jnp.where(running, finish, state.finish), state.row_keys, cache, DraftState(exit_cache, learned, log)
+    )

@@ -1,0 +1,69 @@
+"""What generation carries from step to step: pytrees of arrays, the same for plain and for speculative decoding.
+
+Invariant: the caches hold keys and values of exactly the first `length - 1` committed tokens of each row, in every block and in the exit
+block. The last committed token is run by the next step, so every token, the first included, comes out of a step.
+
+Axes: B rows, S capacity in tokens, R = S rounds.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eesd_jax.model.cache import KVCache
+
+RUNNING, EOS, LENGTH, STOPPED = range(4)
+
+
+class RoundLog(NamedTuple):
+    """What every round did, from which all statistics are computed; [B, R] each, valid up to `rounds`.
+
+    rounds: int32 [B]. drafted: int32, tokens drafted. accepted: int32, drafts committed. committed: int32, tokens committed: accepted + 1,
+    or accepted where the text ended within the drafts. mean: float32, the controller's expected acceptance before the round.
+    """
+
+    rounds: jax.Array
+    drafted: jax.Array
+    accepted: jax.Array
+    committed: jax.Array
+    mean: jax.Array
+
+
+class DraftState(NamedTuple):
+    """What speculation carries beside the plain state.
+
+    exit_cache: keys and values of the exit block (a tuple of one), capacity S. controller: the controller's own state, leading axis B.
+    log: of all rounds so far.
+    """
+
+    exit_cache: KVCache
+    controller: Any
+    log: RoundLog
+
+
+class DecodeState(NamedTuple):
+    """Everything that generation carries.
+
+    tokens: int32 [B, S], committed tokens, prompt first; what lies behind `length` is meaningless.
+    length: int32 [B], committed tokens of each row.
+    limit: int32 [B], the length at which a row's budget is used up.
+    finish: int32 [B], RUNNING, or why the row ended: EOS, LENGTH, or STOPPED from outside.
+    row_keys: PRNG keys [B]; what a step draws comes from `fold_in(row_key, length)`, so a row's samples depend on nothing but the row.
+    cache: keys and values of the target's blocks, capacity S.
+    draft: what speculation adds; None in plain decoding.
+    """
+
+    tokens: jax.Array
+    length: jax.Array
+    limit: jax.Array
+    finish: jax.Array
+    row_keys: jax.Array
+    cache: KVCache
+    draft: DraftState | None
+
+
+def empty_log(batch: int, capacity: int) -> RoundLog:
+    """A log of no rounds. A round commits at least one token, so there are never more than `capacity`."""
+    counts = [jnp.zeros((batch, capacity), jnp.int32) for _ in range(3)]  # three arrays: the loop is given each one's memory
+    return RoundLog(jnp.zeros(batch, jnp.int32), *counts, jnp.zeros((batch, capacity), jnp.float32))

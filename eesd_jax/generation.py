@@ -1,0 +1,96 @@
+"""What a prompt gave: text, tokens, and what every round of speculation did."""
+
+import dataclasses
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """One row's rounds, as arrays of one entry a round, cut where the text was cut.
+
+    Attributes:
+      drafted: tokens drafted, those behind the end of the text included (their cost was paid).
+      accepted: drafts that became text.
+      committed: tokens that became text: accepted + 1, or accepted where the text ended within the drafts.
+      mean: the controller's expected acceptance of a draft before the round; NaN where it has no such belief.
+    """
+
+    drafted: np.ndarray
+    accepted: np.ndarray
+    committed: np.ndarray
+    mean: np.ndarray
+
+    @classmethod
+    def plain(cls, num_tokens: int) -> "Rounds":
+        """Plain decoding: a round a token, nothing drafted."""
+        zeros = np.zeros(num_tokens, np.int64)
+        return cls(zeros, zeros, zeros + 1, np.full(num_tokens, np.nan))
+
+    def cut(self, num_tokens: int) -> "Rounds":
+        """The rounds that gave the first `num_tokens` tokens; the last of them counts for as many as it gave of those."""
+        if num_tokens == 0:
+            return Rounds(*(field[:0] for field in (self.drafted, self.accepted, self.committed, self.mean)))
+        count = int(np.searchsorted(np.cumsum(self.committed), num_tokens)) + 1
+        committed = self.committed[:count].copy()
+        committed[-1] -= committed.sum() - num_tokens
+        return Rounds(self.drafted[:count], np.minimum(self.accepted[:count], committed), committed, self.mean[:count])
+
+    @property
+    def tested(self) -> np.ndarray:
+        """Drafts of each round that the text did not end before."""
+        return np.where(self.committed <= self.accepted, self.accepted, self.drafted)
+
+    def acceptance_by_position(self) -> np.ndarray:
+        """Share of drafts accepted at each place of a round, float64 [longest draft]; a draft behind a rejected one is not accepted."""
+        places = np.arange(max(self.tested, default=0))[:, None]
+        return np.mean(self.accepted > places, axis=1, where=self.tested > places)
+
+    def accepted_lengths(self) -> np.ndarray:
+        """How many rounds accepted 0, 1, 2, ... drafts."""
+        return np.bincount(self.accepted)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generation:
+    """What one prompt gave.
+
+    Attributes:
+      text: without special tokens, cut before a stop string.
+      token_ids: new tokens; the last one is the EOS or the token that completed a stop string, where that ended the text.
+      prompt_tokens: length of the prompt in tokens.
+      finish_reason: "eos", "stop" or "length" (budget or context used up).
+      log: what every round (pass of the whole target) did.
+      seconds: wall time of the batch that the row was in, compilation included, until this row ended.
+      first_token_seconds: wall time until the batch's first token.
+    """
+
+    text: str
+    token_ids: list[int]
+    prompt_tokens: int
+    finish_reason: str
+    log: Rounds
+    seconds: float
+    first_token_seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return len(self.token_ids) / self.seconds
+
+    @property
+    def rounds(self) -> int:
+        """Passes of the whole target; the prompt's is not one."""
+        return len(self.log.committed)
+
+    @property
+    def drafted(self) -> int:
+        """Drafts that the text did not end before."""
+        return int(self.log.tested.sum())
+
+    @property
+    def accepted(self) -> int:
+        return int(self.log.accepted.sum())
+
+    @property
+    def tokens_per_round(self) -> float:
+        return len(self.token_ids) / self.rounds if self.rounds else 0.0

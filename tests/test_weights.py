@@ -1,0 +1,192 @@
+"""Weights and configurations arrive unchanged from every kind of file, one tensor at a time, on whatever mesh."""
+
+import math
+import pathlib
+import weakref
+
+import gguf
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from gguf import GGMLQuantizationType as GGMLType
+
+from eesd_jax.config import ModelConfig
+from eesd_jax.model import llama, rope, sharding
+from eesd_jax.weights.gguf import GGUFSource
+from eesd_jax.weights.load import load_model, load_params
+from eesd_jax.weights.safetensors import SafetensorsSource
+
+# GGUF keeps it as a float32; a power of two is the same number there.
+EPS = 2.0**-17
+FAMILIES = {
+    "llama": ("llama", {}),
+    "llama-tied-biases": ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True}),
+    "llama-head-dim": ("llama", {"head_dim": 16, "num_key_value_heads": 4}),
+    "qwen2": ("qwen2", {"tie_word_embeddings": True}),
+    "qwen3": ("qwen3", {"head_dim": 16}),
+}
+
+
+def load(path: pathlib.Path, dtype: str = "float32"):
+    return load_model(str(path), jnp.dtype(dtype))
+
+
+def assert_equal(params: llama.Params, expected: llama.Params) -> None:
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+def logits(config: ModelConfig, params: llama.Params) -> np.ndarray:
+    tokens = jnp.arange(12)[None]
+    x, _ = llama.forward_blocks(
+        config, params["blocks"], llama.embed(params, tokens), jnp.zeros(1, jnp.int32), None, range(config.num_layers)
+    )
+    return np.asarray(llama.logits(config, params, x))
+
+
+@pytest.mark.parametrize("shards", [1, 4])
+@pytest.mark.parametrize("stored", ["float32", "float16", "bfloat16"])
+def test_folder_round_trip(tmp_path, stored, shards):
+    tiny.write_folder(tmp_path, tiny.hf_config(), dtype=stored, shards=shards, with_tokenizer=True)
+    model = load(tmp_path)
+    assert model.config == tiny.config()
+    assert_equal(model.params, jax.tree.map(lambda x: x.astype(stored).astype("float32"), tiny.params(tiny.config())))
+    assert {x.dtype for x in jax.tree.leaves(load(tmp_path, "bfloat16").params)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gguf_equals_folder(tmp_path, family):
+    model_type, overrides = FAMILIES[family]
+    hf = tiny.hf_config(model_type, rms_norm_eps=EPS, **overrides)
+    from_folder = load(tiny.write_folder(tmp_path / "folder", hf, with_tokenizer=True))
+    from_gguf = load(tiny.write_gguf(tmp_path / "model.gguf", hf))
+    assert from_gguf.config == from_folder.config
+    assert_equal(from_gguf.params, from_folder.params)
+    assert from_gguf.eos_ids == from_folder.eos_ids == (tiny.tokenizer().eos_token_id,)
+    np.testing.assert_array_equal(logits(*from_gguf[:2]), logits(*from_folder[:2]))
+
+
+def test_mistral_is_a_llama_in_gguf(tmp_path):
+    model = load(tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config("mistral")))
+    assert model.config.architecture == "llama"
+    assert_equal(model.params, tiny.params(tiny.config("mistral")))
+
+
+@pytest.mark.parametrize("kind", ["F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "MXFP4"])
+def test_quantized_gguf_equals_its_dequantized_tensors(tmp_path, kind):
+    kind, hf = GGMLType[kind], tiny.hf_config()
+    source = GGUFSource(tiny.write_gguf(tmp_path / "model.gguf", hf, matrix_type=kind))
+    for name, value in tiny.tensors(tiny.config()).items():
+        expected = gguf.dequantize(gguf.quantize(value, kind), kind) if value.ndim == 2 else value
+        np.testing.assert_array_equal(source.read(name), expected, err_msg=name)
+
+
+@pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])
+def test_types_that_only_dequantize(tmp_path, kind):
+    kind = GGMLType[kind]
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    # Any bytes below 0x70 are finite numbers.
+    raw = np.random.default_rng(0).integers(0, 0x70, (8, 512 // block * size), dtype=np.uint8)
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_down.weight", raw, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GGUFSource(tmp_path / "model.gguf")
+    assert source.shapes == {"model.layers.0.mlp.down_proj.weight": (8, 512)}
+    np.testing.assert_array_equal(source.read("model.layers.0.mlp.down_proj.weight"), gguf.dequantize(raw, kind))
+
+
+def test_rope_divisors_of_gguf_equal_llama3_scaling(tmp_path):
+    theta, factor, low, high, original = 1000.0, 8.0, 1.0, 4.0, 64
+    scaling = {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
+    hf = tiny.hf_config(rope_theta=theta, rope_scaling=scaling | {"original_max_position_embeddings": original})
+
+    def divisor(pair: int) -> float:
+        wavelength = 2 * math.pi * theta ** (2 * pair / hf["head_dim"])
+        if wavelength < original / high:
+            return 1.0
+        if wavelength > original / low:
+            return factor
+        smooth = (original / wavelength - low) / (high - low)
+        return 1 / ((1 - smooth) / factor + smooth)
+
+    divisors = np.array([divisor(pair) for pair in range(hf["head_dim"] // 2)])
+    file = tiny.write_gguf(tmp_path / "model.gguf", hf, extra_tensors={"rope_freqs.weight": divisors})
+    frequencies, expected = (rope.inverse_frequencies(c.rope, c.head_dim) for c in (load(file).config, ModelConfig.from_hf(hf, "tiny")))
+    np.testing.assert_allclose(frequencies, expected, rtol=1e-6)
+    assert len(set(divisors)) == 3, "pairs of all three kinds"
+
+
+@pytest.mark.parametrize(
+    ("fields", "scaling"),
+    [
+        ({"type": "none"}, None),
+        ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
+        (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0, "yarn_attn_factor": 0.5},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0, "attention_factor": 0.5},
+        ),
+    ],
+)
+def test_rope_scaling_of_gguf(tmp_path, fields, scaling):
+    hf = tiny.hf_config("qwen2")
+    file = tiny.write_gguf(tmp_path / "model.gguf", hf, fields={f"qwen2.rope.scaling.{name}": value for name, value in fields.items()})
+    assert load(file).config.rope == ModelConfig.from_hf(hf | {"rope_scaling": scaling}, "tiny").rope
+
+
+def test_end_tokens_come_from_every_file_that_names_some(tmp_path):
+    folder = tiny.write_folder(tmp_path / "folder", tiny.hf_config(eos_token_id=5), with_tokenizer=True)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    assert load(folder).eos_ids == (tiny.tokenizer().eos_token_id, 5, 7)
+    ids = {"eos": 4, "eot": 6, "eom": 2**32 - 1}  # as files spell "none"
+    file = tiny.write_gguf(
+        tmp_path / "model.gguf", tiny.hf_config(), fields={f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items()}
+    )
+    assert load(file).eos_ids == (4, 6)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_loading_holds_one_tensor_at_a_time(tmp_path, kind):
+    hf = tiny.hf_config(num_hidden_layers=6)
+    source = (
+        SafetensorsSource(tiny.write_folder(tmp_path, hf, shards=2))
+        if kind == "folder"
+        else GGUFSource(tiny.write_gguf(tmp_path / "model.gguf", hf, matrix_type=GGMLType.Q8_0))
+    )
+    alive, most = [], 0
+
+    class Watched:
+        description, shapes = source.description, source.shapes
+
+        def read(self, name: str) -> np.ndarray:
+            nonlocal most
+            data = source.read(name)
+            alive.append(weakref.ref(data))
+            most = max(most, sum(ref() is not None for ref in alive))
+            return data
+
+    # In another dtype than the stored one: on the CPU an array that needs no conversion may itself become the param.
+    load_params(ModelConfig.from_hf(hf, "tiny"), Watched(), jnp.dtype("bfloat16"))
+    assert len(alive) == len(source.shapes)
+    assert most == 1
+
+
+def test_params_on_a_mesh(tmp_path):
+    config = tiny.config("qwen2", vocab_size=tiny.VOCAB_SIZE + 1)  # a vocabulary that no axis divides
+    whole = tiny.params(config)
+    mesh = sharding.make_mesh(jax.devices("cpu"), data=2, fsdp=2, tensor=2)
+    params = load_params(config, tiny.ArraySource(tiny.tensors(config)), jnp.dtype("float32"), mesh)
+    assert_equal(params, whole)
+    halves = {"wq": (2, 2), "bq": (2,), "wo": (2, 2), "w_down": (2, 2), "attn_norm": (2,)}
+    for name, parts in halves.items():
+        weight = params["blocks"][1][name]
+        assert len(weight.addressable_shards) == 8
+        for shard in weight.addressable_shards:
+            assert shard.data.shape == tuple(n // k for n, k in zip(weight.shape, parts, strict=True)), name
+            np.testing.assert_array_equal(shard.data, np.asarray(whole["blocks"][1][name])[shard.index])
+    assert params["embed"].addressable_shards[0].data.shape == (config.vocab_size, config.hidden_size // 2)
+    np.testing.assert_allclose(logits(config, params), logits(config, whole), rtol=1e-4, atol=1e-5)
