@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test parity lint clean
+.PHONY: demo test test-slow test-demo parity lint clean
 
 demo: $(VENV)/.installed-run
-	$(BIN)/python infer/generate.py --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
+	$(BIN)/python infer/generate.py --compare --controller=beta --prompt="Why is the sky blue?" --max_new_tokens=128
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m "not parity"
+	$(BIN)/python -m pytest
+
+# Planted bugs, and the rest of the grids.
+test-slow: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow
+
+# The tests that need the built-in model.
+test-demo: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m demo
 
 # Compares with transformers + PyTorch (CPU).
 parity: $(VENV)/.installed-parity

@@ -13,16 +13,14 @@ import time
 from collections.abc import Callable, Sequence
 
 import jax
-import numpy as np
 import torch
-import transformers
+import torch_reference
 from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 import eesd_jax
 from eesd_jax import cli
-from eesd_jax.weights import gguf, hub
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("new_tokens", 128, "Tokens generated from each prompt.")
@@ -36,16 +34,6 @@ PROMPTS = (
     "Explain how a bicycle stays upright.",
     "List the steps to bake sourdough bread.",
 )
-
-
-def transformers_model() -> transformers.LlamaForCausalLM:
-    """The built-in model's weights, as this project reads them, in transformers."""
-    source = gguf.GGUFSource(hub.fetch_demo())
-    fields = {name: value for name, value in source.hf_config().items() if value is not None and name != "model_type"}
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**fields)).eval()
-    model.load_state_dict({name: torch.from_numpy(np.array(source.read(name))) for name in source.shapes}, strict=False)
-    model.tie_weights()
-    return model
 
 
 def read_bandwidth() -> float:
@@ -63,18 +51,14 @@ def seconds(work: Callable[[], object]) -> float:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    torch.set_grad_enabled(False)
-    reference = transformers_model()
+    reference = torch_reference.load_model()
     # Without EOS ids, so that every text has the same length.
     loaded = eesd_jax.load("demo", dtype="float32").model._replace(eos_ids=())
     engine = eesd_jax.Engine(loaded, eesd_jax.DecodeConfig(max_new_tokens=FLAGS.new_tokens))
     prompts = [engine.encode(prompt) for prompt in PROMPTS]
 
     def run_transformers(ids: list[int]) -> list[int]:
-        out = reference.generate(
-            torch.tensor([ids]), do_sample=False, max_new_tokens=FLAGS.new_tokens, min_new_tokens=FLAGS.new_tokens, eos_token_id=None
-        )
-        return out[0, len(ids) :].tolist()
+        return torch_reference.generate(reference, ids, FLAGS.new_tokens)
 
     def run_batch(prompts: list[list[int]]) -> list[list[int]]:
         return [generation.token_ids for generation in engine.generate_ids(prompts, seeds=[0] * len(prompts))]

@@ -10,25 +10,39 @@ import sys
 import tempfile
 import textwrap
 import types
+import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NoReturn, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from absl import app, flags
 from absl import logging as absl_logging
 
-from eesd_jax.config import DecodeConfig, SamplingConfig
-from eesd_jax.engine import Engine, load
+from eesd_jax import control
+from eesd_jax.config import DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.errors import UserError
+from eesd_jax.weights import hub
+
+if TYPE_CHECKING:  # JAX and transformers take seconds, so they are imported where they are needed, after the flags are checked
+    from eesd_jax.decode.controllers import Controller
+    from eesd_jax.engine import Engine
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that it misses PyTorch, which nothing here needs
 
 FLAGS = flags.FLAGS
-CONTROLLERS = ("plain",)
 flags.disclaim_key_flags()  # flags defined here belong to the command that asked for them, and show in its --help
 
 
 def define_model_flags() -> None:
-    """--model and --dtype."""
-    flags.DEFINE_string("model", "demo", "demo (built in), a Hugging Face folder, a GGUF file, or a hub id.")
+    """--model, --dtype, --exit_branch and --max_draft."""
+    flags.DEFINE_string("model", hub.DEMO_NAME, "demo (built in), a Hugging Face folder, a GGUF file, or a hub id.")
     flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere.")
+    flags.DEFINE_string(
+        "exit_branch",
+        "auto",
+        "What drafts: a folder or a hub id, none, or auto: the branch that comes with the model (for demo, while there is none, "
+        "an untrained one).",
+    )
+    flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens to draft in a round.")
 
 
 def define_generation_flags() -> None:
@@ -39,7 +53,12 @@ def define_generation_flags() -> None:
         None,
         'File of prompts, one JSON object a line: {"turns": [...]}, {"prompt": ...} or {"messages": [...]}.',
     )
-    flags.DEFINE_string("controller", "plain", f"How many tokens to draft: {', '.join(CONTROLLERS)} (plain: no speculation).")
+    flags.DEFINE_string(
+        "controller",
+        None,
+        f"How many tokens to draft: {control.CONTROLLERS} (plain: no speculation); "
+        f"default: {DEFAULT_CONTROLLER} with a trained exit branch, plain without.",
+    )
     flags.DEFINE_integer("max_new_tokens", decode.max_new_tokens, "Budget of each answer, in tokens.")
     flags.DEFINE_float("temperature", sampling.temperature, "Randomness of the draw; 0 is greedy.")
     flags.DEFINE_integer("top_k", sampling.top_k, "Keep the k most probable tokens; 0: all.")
@@ -58,31 +77,73 @@ def sampling_from_flags() -> SamplingConfig:
 
 def check_generation_flags() -> None:
     """Finds what is wrong with the flags before anything slow is started."""
-    for name in ("max_new_tokens", "batch_size"):
+    for name in ("max_new_tokens", "batch_size", "max_draft"):
         if FLAGS[name].value < 1:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= 1")
-    if FLAGS.controller not in CONTROLLERS:
-        raise UserError(f"--controller is {FLAGS.controller!r}; expected one of {', '.join(CONTROLLERS)}")
+    if FLAGS.controller is not None:
+        check_controller(FLAGS.controller, "--controller")
     if "" in FLAGS.stop:
         raise UserError("--stop is ''; expected some text")
     sampling_from_flags()
 
 
-def load_from_flags() -> Engine:
+def check_controller(name: str, flag: str) -> None:
+    """Raises UserError for a controller that there is not, or that needs an exit branch where the flags give none."""
+    try:
+        kind = control.parse_controller(name, FLAGS.max_draft).kind
+    except UserError as error:
+        raise UserError(f"{flag} is {name!r}; {error}") from None
+    if kind == control.PLAIN:
+        return
+    expected = f"expected --controller={control.PLAIN}, or --exit_branch with a folder or a hub id"
+    if FLAGS.exit_branch == "none":
+        raise UserError(f"{flag} is {name!r}, which needs an exit branch, and --exit_branch is 'none'; {expected}")
+    if FLAGS.exit_branch == "auto" and FLAGS.model != hub.DEMO_NAME:
+        from eesd_jax.weights.branch_folder import shipped_branch
+
+        if shipped_branch(FLAGS.model) is None:
+            raise UserError(f"{flag} is {name!r}, which needs an exit branch, and none comes with model {FLAGS.model!r}; {expected}")
+
+
+def load_from_flags() -> "Engine":
     """The engine that the flags ask for; a terminal is told what it waits for."""
-    with _notice(f"loading {FLAGS.model} ..."):
+    # Who asks for plain decoding needs no branch, and no warning that there is none.
+    exit_branch = "none" if (FLAGS.exit_branch, FLAGS.controller) == ("auto", control.PLAIN) else FLAGS.exit_branch
+    with warnings.catch_warnings(record=True) as caught, notice(f"loading {FLAGS.model} ..."):
+        from eesd_jax.engine import load
+
+        warnings.simplefilter("always", UserWarning)
         engine = load(
             FLAGS.model,
             dtype=FLAGS.dtype,
             decode_config=DecodeConfig(max_new_tokens=FLAGS.max_new_tokens, batch_size=FLAGS.batch_size, seed=FLAGS.seed),
+            exit_branch=exit_branch,
+            max_draft=FLAGS.max_draft,
         )
     if FLAGS.chat and not engine.has_chat_template:
         raise UserError(f"--chat is given, but model {FLAGS.model!r} has no chat template; expected --nochat (plain text) or a chat model")
+    for warning in caught:
+        if issubclass(warning.category, UserWarning):
+            warn(str(warning.message))
     return engine
 
 
+def controller_from_flags(engine: "Engine", batch: int) -> "Controller | None":
+    """The controller that the flags ask for, for `batch` rows at once; None for plain decoding."""
+    trained = engine.drafter is not None and engine.drafter.trained
+    return build_controller(engine, FLAGS.controller or (DEFAULT_CONTROLLER if trained else control.PLAIN), batch)
+
+
+def build_controller(engine: "Engine", name: str, batch: int) -> "Controller | None":
+    """The controller of that name; a terminal is told what it waits for."""
+    waits = name == "cost_aware"  # once a machine
+    with notice(f"timing rounds for {name} ...") if waits else contextlib.nullcontext():
+        return engine.controller(name, batch=batch)
+
+
 @contextlib.contextmanager
-def _notice(text: str) -> Iterator[None]:
+def notice(text: str) -> Iterator[None]:
+    """Shows on a terminal what is waited for, and wipes it out."""
     if not sys.stderr.isatty():
         yield
         return

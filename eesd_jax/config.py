@@ -231,13 +231,26 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ControllerConfig:
-    """Settings of the learning controllers (see `decode/controllers.py`): our own, the paper's are not known to us."""
+    """Settings of the learning controllers (see `decode/controllers.py`): our own, chosen by simulation (docs/controllers.md)."""
 
-    prior_alpha: float = 2.0
+    prior_alpha: float = 1.0
     prior_beta: float = 1.0
-    discount: float = 0.95
-    kappa: float = 4.0
-    capacity: float = 20.0
+    discount: float = 0.9
+    idle_discount: float = 0.995
+    kappa: float = 8.0
+    capacity: float = 40.0
+
+    def __post_init__(self):
+        for name in ("prior_alpha", "prior_beta", "capacity"):
+            value = getattr(self, name)
+            if not 0 < value < math.inf:
+                raise UserError(f"{name} is {value}; expected a positive number")
+        for name in ("discount", "idle_discount"):
+            value = getattr(self, name)
+            if not 0 <= value <= 1:
+                raise UserError(f"{name} is {value}; expected a number in [0, 1] (1 forgets nothing)")
+        if not 0 <= self.kappa < math.inf:
+            raise UserError(f"kappa is {self.kappa}; expected a number >= 0 (0 ignores confidence)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,6 +268,13 @@ class DraftConfig:
     def widths(self) -> tuple[int, ...]:
         """The widths to compile: those below max_draft + 1, and that one."""
         return (*(width for width in self.verify_widths if width <= self.max_draft), self.max_draft + 1)
+
+
+# Where the built-in model has no trained branch yet: an exit after this block, started so, and with the whole vocabulary.
+DEMO_EXIT_LAYER = 4
+DEMO_START = "zero"
+# For a trained branch; an untrained one only costs time.
+DEFAULT_CONTROLLER = "beta"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,11 +2,15 @@
 
 import dataclasses
 import re
+from typing import TYPE_CHECKING
 
 from eesd_jax.config import ControllerConfig
-from eesd_jax.decode.controllers import Beta, Calibrated, Calibration, Controller, CostAware, Fixed, Threshold
 from eesd_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from eesd_jax.decode.controllers import Calibration, Controller
+
+PLAIN = "plain"  # no speculation
 CONTROLLERS = "plain, fixed:K, threshold:t, beta, beta:plain, calibrated, cost_aware"
 
 
@@ -42,16 +46,17 @@ def parse_controller(name: str, max_draft: int) -> ControllerSpec:
 
 
 def build_controller(
-    spec: ControllerSpec, settings: ControllerConfig, calibration: Calibration, cost: tuple[float, ...] | None
-) -> Controller | None:
+    spec: ControllerSpec, settings: ControllerConfig, calibration: "Calibration", cost: tuple[float, ...] | None
+) -> "Controller | None":
     """The controller of a spec; None for plain decoding.
 
     Args:
       calibration: of the branch's confidence.
       cost: seconds of a round with 0, 1, ... max_draft drafts; only `cost_aware` needs it.
     """
-    prior = {"prior_alpha": settings.prior_alpha, "prior_beta": settings.prior_beta, "discount": settings.discount}
-    confident = prior | {"calibration": calibration, "kappa": settings.kappa, "capacity": settings.capacity}
+    from eesd_jax.decode.controllers import Beta, Calibrated, CostAware, Fixed, Threshold  # JAX, which who only parses names does without
+
+    prior = {name: getattr(settings, name) for name in ("prior_alpha", "prior_beta", "discount", "idle_discount")}
     match spec.kind:
         case "plain":
             return None
@@ -62,6 +67,6 @@ def build_controller(
         case "beta":
             return Beta(**prior, censored=spec.value != "plain")
         case "calibrated":
-            return Calibrated(**confident)
+            return Calibrated(**prior, calibration=calibration, kappa=settings.kappa, capacity=settings.capacity)
         case _:
-            return CostAware(**confident, cost=cost)
+            return CostAware(**prior, calibration=calibration, cost=cost)

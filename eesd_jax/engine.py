@@ -8,6 +8,7 @@ for piece in lm.stream("Tell me a story."): print(piece, end="", flush=True)
 import dataclasses
 import functools
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eesd_jax import control, cost_table
-from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ModelConfig, SamplingConfig
+from eesd_jax.config import DEMO_EXIT_LAYER, DEMO_START, ControllerConfig, DecodeConfig, DraftConfig, ModelConfig, SamplingConfig
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.decode.sampling import Sampling
@@ -25,9 +26,9 @@ from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.model import llama
-from eesd_jax.model.exit_branch import ExitBranch
+from eesd_jax.model.exit_branch import ExitBranch, init_exit_branch
 from eesd_jax.streaming import TextStream
-from eesd_jax.weights import hub
+from eesd_jax.weights import branch_folder, hub
 from eesd_jax.weights.load import LoadedModel, load_model
 
 Messages = Sequence[dict[str, str]]
@@ -36,6 +37,8 @@ Prompt = str | Messages
 _FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOPPED: "stop"}
 
 _prefill = jax.jit(loop.prefill, static_argnames=("config", "exit_layer", "capacity", "chunk"))
+# Jitted so that what it adds lies where the rest of the state does: a program compiles again for arrays that are placed otherwise.
+_start_drafting = jax.jit(speculative.start_drafting, static_argnames=("controller",))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -77,23 +80,53 @@ def load(
     dtype: str | None = None,
     mesh: Mesh | None = None,
     decode_config: DecodeConfig = DecodeConfig(),
+    exit_branch: str = "auto",
+    max_draft: int = DraftConfig.max_draft,
 ) -> "Engine":
-    """Loads a model, ready to generate.
+    """Loads a model and its exit branch, ready to generate.
 
     Args:
       model: `demo` (built in), a Hugging Face folder, a GGUF file, or a hub id.
       dtype: "float32" or "bfloat16"; by default float32 on CPU and bfloat16 elsewhere.
       mesh: a `data` x `fsdp` x `tensor` mesh to place the weights on; by default one device.
       decode_config: defaults of generation and its buckets.
+      exit_branch: a folder or a hub id; `none`; or `auto`: the branch that this package carries for the model, for `demo` otherwise an
+        untrained one, and for other models none (which is warned of: only plain decoding is to be had then).
+      max_draft: the most tokens that a round may draft, at least 1.
 
     Raises:
-      UserError: the model cannot be found or used; the message says why.
+      UserError: the model or the branch cannot be found or used; the message says why.
     """
     use_compilation_cache()
+    if max_draft < 1:
+        raise UserError(f"max_draft is {max_draft}; expected an integer >= 1")
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return Engine(load_model(model, jnp.dtype(dtype), mesh), decode_config)
+    # Before the model, which can take minutes.
+    folder = None
+    if exit_branch == "auto":
+        shipped = branch_folder.shipped_branch(model)
+        folder = branch_folder.BranchFolder(shipped) if shipped else None
+    elif exit_branch != "none":
+        folder = branch_folder.BranchFolder(branch_folder.find_branch(exit_branch))
+    target = load_model(model, jnp.dtype(dtype), mesh)
+    if folder is not None:
+        drafter = _read_drafter(folder, target, mesh, max_draft)
+    elif exit_branch == "auto" and model == hub.DEMO_NAME:
+        branch = init_exit_branch(target.config, target.params, DEMO_EXIT_LAYER, DEMO_START)
+        drafter = Drafter(branch, DraftConfig(DEMO_EXIT_LAYER, max_draft), Calibration(), trained=False)
+    else:
+        drafter = None
+        if exit_branch == "auto":
+            warnings.warn(f"no exit branch comes with model {model!r}: decoding will be plain", stacklevel=2)
+    return Engine(target, decode_config, drafter)
+
+
+def _read_drafter(folder: branch_folder.BranchFolder, target: LoadedModel, mesh: Mesh | None, max_draft: int) -> "Drafter":
+    branch, info = folder.load(target.config, target.params, mesh)
+    calibration = Calibration(info.calibration_slope, info.calibration_intercept)
+    return Drafter(branch, DraftConfig(info.exit_layer, max_draft), calibration, trained=bool(info.training))
 
 
 def use_compilation_cache() -> None:
@@ -244,7 +277,7 @@ class Engine:
             yield [_take(row, tokens[i], length[i], finish[i], elapsed) for i, row in enumerate(rows)]
             if any(row.finish != finish[i] for i, row in enumerate(rows)):
                 ends = np.array([row.finish for row in rows] + [LENGTH] * (batch - len(rows)), np.int32)
-                state = state._replace(finish=jnp.asarray(ends))
+                state = state._replace(finish=jax.device_put(ends, state.finish.sharding))
             steps = chunk
         log = None if state.draft is None else jax.device_get(state.draft.log)
         generations = []
@@ -299,7 +332,7 @@ class Engine:
             capacity=capacity,
             chunk=options.prompt_buckets[-1],
         )
-        return state if controller is None else speculative.start_drafting(state, exit_cache, controller)
+        return state if controller is None else _start_drafting(state, exit_cache, controller)
 
     def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
         """Runs up to `max_steps` steps (rounds); `state` is used up."""

@@ -1,6 +1,8 @@
 """What a prompt gave: text, tokens, and what every round of speculation did."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -27,10 +29,31 @@ class Rounds:
         zeros = np.zeros(num_tokens, np.int64)
         return cls(zeros, zeros, zeros + 1, np.full(num_tokens, np.nan))
 
+    @classmethod
+    def join(cls, parts: Sequence["Rounds"]) -> "Rounds":
+        """The rounds of several rows, one after the other."""
+        columns = zip(*(part._columns for part in parts), strict=True)
+        return cls(*(np.concatenate(column) for column in columns)) if parts else cls.plain(0)
+
+    @classmethod
+    def from_json(cls, values: dict[str, list]) -> "Rounds":
+        """What `to_json` was made of."""
+        counts = (np.array(values[name], np.int64) for name in ("drafted", "accepted", "committed"))
+        return cls(*counts, np.array(values["mean"], np.float64))  # None becomes NaN
+
+    def to_json(self) -> dict[str, list[Any]]:
+        """Lists; a belief to four digits, None for NaN."""
+        counts = {name: getattr(self, name).tolist() for name in ("drafted", "accepted", "committed")}
+        return counts | {"mean": [None if np.isnan(mean) else round(float(mean), 4) for mean in self.mean]}
+
+    @property
+    def _columns(self) -> tuple[np.ndarray, ...]:
+        return self.drafted, self.accepted, self.committed, self.mean
+
     def cut(self, num_tokens: int) -> "Rounds":
         """The rounds that gave the first `num_tokens` tokens; the last of them counts for as many as it gave of those."""
         if num_tokens == 0:
-            return Rounds(*(field[:0] for field in (self.drafted, self.accepted, self.committed, self.mean)))
+            return Rounds(*(column[:0] for column in self._columns))
         count = int(np.searchsorted(np.cumsum(self.committed), num_tokens)) + 1
         committed = self.committed[:count].copy()
         committed[-1] -= committed.sum() - num_tokens

@@ -1,6 +1,7 @@
 """Generates text: one prompt, a file of prompts, or a chat.
 
 python infer/generate.py --prompt="Why is the sky blue?"
+python infer/generate.py --prompt="Why is the sky blue?" --compare        # with and without speculation, and what it gained
 python infer/generate.py --model=meta-llama/Llama-3.2-1B-Instruct --prompts=questions.jsonl --output=answers.jsonl --batch_size=8
 python infer/generate.py                                  # a chat with the built-in model
 """
@@ -11,19 +12,21 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from rich.console import Console
 from rich.progress import Progress
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that it misses PyTorch, which nothing here needs
-
-from eesd_jax import cli
-from eesd_jax.engine import Engine, Messages
+from eesd_jax import cli, control
+from eesd_jax.config import DEFAULT_CONTROLLER
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.prompts import Conversation, is_text, read_prompts
+
+if TYPE_CHECKING:  # see cli.py
+    from eesd_jax.decode.controllers import Controller
+    from eesd_jax.engine import Engine, Messages
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("prompt", None, "A single prompt. Without --prompt and --prompts, a chat is opened.")
@@ -31,6 +34,7 @@ cli.define_generation_flags()
 cli.define_model_flags()
 flags.DEFINE_bool("stream", None, "Show an answer as it comes; default: if stdout is a terminal.")
 flags.DEFINE_string("output", None, "File to write, one JSON object a turn.")
+flags.DEFINE_bool("compare", False, "Answer --prompt with plain decoding too, and print both speeds and whether the answers are identical.")
 
 Write = Callable[[dict[str, Any]], None]
 
@@ -46,8 +50,10 @@ def main(argv: Sequence[str]) -> None:
         engine = cli.load_from_flags()
         if conversations is not None:
             answer_file(engine, conversations, write)
+        elif FLAGS.compare:
+            write(record("prompt", 0, FLAGS.prompt, compare(engine, FLAGS.prompt)))
         elif FLAGS.prompt is not None:
-            write(record("prompt", 0, FLAGS.prompt, show(engine, FLAGS.prompt)))
+            write(record("prompt", 0, FLAGS.prompt, show(engine, FLAGS.prompt, cli.controller_from_flags(engine, batch=1))))
         else:
             chat(engine, write)
 
@@ -63,44 +69,91 @@ def check_flags() -> None:
         raise UserError("--nochat is given without --prompt or --prompts; expected one of them, or a chat")
     if FLAGS.output and FLAGS.prompts and os.path.realpath(FLAGS.output) == os.path.realpath(FLAGS.prompts):
         raise UserError(f"--output is {FLAGS.output!r}, the file of prompts; expected another file")
+    if FLAGS.compare:
+        if FLAGS.prompt is None:
+            raise UserError("--compare is given without --prompt; expected --prompt, whose answers it compares")
+        if FLAGS.controller == control.PLAIN:
+            raise UserError(f"--compare is given with --controller={control.PLAIN}; expected a controller that drafts")
+        cli.check_controller(FLAGS.controller or DEFAULT_CONTROLLER, "--controller")
 
 
-def show(engine: Engine, prompt: str | Messages) -> Generation:
+def show(engine: "Engine", prompt: "str | Messages", controller: "Controller | None") -> Generation:
     """Generates on stdout, with one line of statistics on stderr."""
-    stream = FLAGS.stream if FLAGS.stream is not None else sys.stdout.isatty()
-    options = {"sampling": cli.sampling_from_flags(), "stop": FLAGS.stop, "chat": FLAGS.chat, "seed": FLAGS.seed}
-    if stream:
-        generation = print_all(engine.stream(prompt, **options))
+    if streams():
+        generation = consume(engine.stream(prompt, controller=controller, **options()), print_piece)
     else:
-        generation = engine.generate(prompt, **options)
+        generation = engine.generate(prompt, controller=controller, **options())
         print(generation.text, end="")
     print(flush=True)
-    print(statistics(generation), file=sys.stderr)
+    speculation = f"; {speculation_of(generation.log)}" if controller is not None else ""
+    print(
+        f"[{len(generation.token_ids)} tokens in {generation.seconds:.2f} s, {generation.tokens_per_second:.1f} tokens/s{speculation}; "
+        f"first token after {generation.first_token_seconds:.2f} s; ended by {generation.finish_reason}]",
+        file=sys.stderr,
+    )
     return generation
 
 
-def print_all(pieces: Iterator[str]) -> Generation:
-    """Prints the pieces as they come and returns what the stream returns at its end."""
+def streams() -> bool:
+    return FLAGS.stream if FLAGS.stream is not None else sys.stdout.isatty()
+
+
+def options() -> dict[str, Any]:
+    """How a single answer is generated."""
+    return {"sampling": cli.sampling_from_flags(), "stop": FLAGS.stop, "chat": FLAGS.chat, "seed": FLAGS.seed}
+
+
+def print_piece(piece: str) -> None:
+    print(piece, end="", flush=True)
+
+
+def consume(pieces: Iterator[str], take: Callable[[str], None]) -> Generation:
+    """Gives `take` the pieces as they come, and returns what the stream returns at its end."""
     while True:
         try:
-            print(next(pieces), end="", flush=True)
+            take(next(pieces))
         except StopIteration as end:
             return end.value
 
 
-def statistics(generation: Generation) -> str:
-    return (
-        f"[{len(generation.token_ids)} tokens in {generation.seconds:.2f} s, {generation.tokens_per_second:.1f} tokens/s; "
-        f"first token after {generation.first_token_seconds:.2f} s; ended by {generation.finish_reason}]"
-    )
+def speculation_of(rounds: Rounds) -> str:
+    """What speculation gave, in a few words."""
+    passes, drafted, accepted = len(rounds.committed), int(rounds.tested.sum()), int(rounds.accepted.sum())
+    per_round = rounds.committed.sum() / passes if passes else 0.0
+    share = f" ({accepted / drafted:.0%})" if drafted else ""
+    return f"{passes} rounds, {per_round:.2f} tokens per round, {accepted} of {drafted} drafts accepted{share}"
 
 
-def chat(engine: Engine, write: Write) -> None:
+def compare(engine: "Engine", prompt: str) -> Generation:
+    """Answers by plain decoding and by speculation, both streamed and compiled beforehand; shows one answer, and how they compare."""
+    controller = cli.build_controller(engine, FLAGS.controller or DEFAULT_CONTROLLER, batch=1)
+    with cli.notice("compiling ..."):
+        for each in (None, controller):
+            next(engine.stream(prompt, controller=each, **options()), None)
+    with cli.notice("decoding plainly ..."):
+        plain = consume(engine.stream(prompt, controller=None, **options()), lambda piece: None)
+    eesd = consume(engine.stream(prompt, controller=controller, **options()), print_piece if streams() else lambda piece: None)
+    print("" if streams() else eesd.text)
+    different = "no (sampled: the same distribution, another draw)" if FLAGS.temperature > 0 else "no"
+    print()
+    print(f"plain: {plain.tokens_per_second:.1f} tokens/s")
+    print(f"eesd:  {eesd.tokens_per_second:.1f} tokens/s")
+    print(f"ratio: {eesd.tokens_per_second / plain.tokens_per_second:.2f}")
+    print(f"tokens per round: {eesd.tokens_per_round:.2f}")
+    print(f"identical: {'yes' if eesd.token_ids == plain.token_ids else different}")
+    if not engine.drafter.trained:
+        print("The exit branch is untrained: no speed-up is to be expected.")
+    sys.stdout.flush()
+    return eesd
+
+
+def chat(engine: "Engine", write: Write) -> None:
     """Reads messages from stdin and answers each with the conversation in view."""
     if not engine.has_chat_template:
         raise UserError(f"model {FLAGS.model!r} has no chat template, so there can be no chat; expected --prompt or --prompts")
     print(f"Chat with {FLAGS.model}. /reset starts again; /exit or end of input leaves.", file=sys.stderr, flush=True)
     sys.stdin.reconfigure(errors="surrogateescape")  # so that bytes which are no text come here and are named
+    controller = cli.controller_from_flags(engine, batch=1)
     history: list[dict[str, str]] = []
     conversation = 1
     while (message := next_message()) not in (None, "/exit"):
@@ -109,7 +162,7 @@ def chat(engine: Engine, write: Write) -> None:
         elif message:
             question = {"role": "user", "content": message}
             try:
-                generation = show(engine, [*history, question])
+                generation = show(engine, [*history, question], controller)
             except UserError as error:
                 print(f"error: {error}; /reset starts again", file=sys.stderr, flush=True)
                 continue
@@ -135,13 +188,14 @@ def next_message() -> str | None:
     return message
 
 
-def answer_file(engine: Engine, conversations: list[Conversation], write: Write) -> None:
+def answer_file(engine: "Engine", conversations: list[Conversation], write: Write) -> None:
     """Answers every turn of every conversation, a batch of conversations at a time; lines are written in the order of the file."""
     use_chat = engine.has_chat_template if FLAGS.chat is None else FLAGS.chat
     check_prompts(engine, conversations, use_chat)
     turns = sum(len(conversation.turns) for conversation in conversations)
     batch_size = min(FLAGS.batch_size, len(conversations))
-    tokens, started = 0, time.perf_counter()
+    controller = cli.controller_from_flags(engine, batch_size)
+    logs, started = [], time.perf_counter()
     # Lines that go to a terminal show themselves how far it is.
     hidden = not sys.stderr.isatty() or (not FLAGS.output and sys.stdout.isatty())
     with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True, disable=hidden) as progress:
@@ -149,17 +203,22 @@ def answer_file(engine: Engine, conversations: list[Conversation], write: Write)
         for first in range(0, len(conversations), batch_size):
             batch = dict(list(enumerate(conversations))[first : first + batch_size])
             answers = {}
-            for index, turn, generation in answer_batch(engine, batch, batch_size, use_chat):
+            for index, turn, generation in answer_batch(engine, batch, batch_size, use_chat, controller):
                 answers[index, turn] = generation
-                tokens += len(generation.token_ids)
+                logs.append(generation.log)
                 progress.advance(task)
             for (index, turn), generation in sorted(answers.items(), key=lambda item: item[0]):
                 write(record(batch[index].id, turn, batch[index].turns[turn], generation))
     seconds = time.perf_counter() - started
-    print(f"[{turns} turns, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s]", file=sys.stderr)
+    rounds = Rounds.join(logs)
+    tokens = rounds.committed.sum()
+    speculation = f"; {speculation_of(rounds)}" if controller is not None else ""
+    print(f"[{turns} turns, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s{speculation}]", file=sys.stderr)
 
 
-def answer_batch(engine: Engine, batch: dict[int, Conversation], batch_size: int, use_chat: bool) -> Iterator[tuple[int, int, Generation]]:
+def answer_batch(
+    engine: "Engine", batch: dict[int, Conversation], batch_size: int, use_chat: bool, controller: "Controller | None"
+) -> Iterator[tuple[int, int, Generation]]:
     """Answers some conversations side by side, turn by turn; yields (index in the file, turn, answer)."""
     histories = {index: list(conversation.history) for index, conversation in batch.items()}
     for turn in range(max(len(conversation.turns) for conversation in batch.values())):
@@ -179,6 +238,7 @@ def answer_batch(engine: Engine, batch: dict[int, Conversation], batch_size: int
                 sampling=cli.sampling_from_flags(),
                 stop=FLAGS.stop,
                 batch_size=batch_size,
+                controller=controller,
             )
             if rows
             else []
@@ -188,7 +248,7 @@ def answer_batch(engine: Engine, batch: dict[int, Conversation], batch_size: int
             yield index, turn, generation
 
 
-def check_prompts(engine: Engine, conversations: list[Conversation], use_chat: bool) -> None:
+def check_prompts(engine: "Engine", conversations: list[Conversation], use_chat: bool) -> None:
     """Finds the records that cannot be answered before any is: a first turn that is too long, or a later one that is so even alone."""
     for conversation in conversations:
         first, *later = ({"role": "user", "content": turn} for turn in conversation.turns)
@@ -199,7 +259,7 @@ def check_prompts(engine: Engine, conversations: list[Conversation], use_chat: b
                 raise UserError(f"{where(conversation)}, turn {turn}: {error}") from None
 
 
-def encode(engine: Engine, messages: list[dict[str, str]], use_chat: bool) -> list[int]:
+def encode(engine: "Engine", messages: list[dict[str, str]], use_chat: bool) -> list[int]:
     """Token ids of a conversation; without a chat template its texts, one after the other."""
     return engine.encode(messages if use_chat else "\n".join(message["content"] for message in messages), chat=use_chat)
 

@@ -3,6 +3,7 @@
 Most cases run the command in this process, a few as a process of its own, in a terminal, or interrupted.
 """
 
+import dataclasses
 import importlib.util
 import io
 import json
@@ -21,8 +22,10 @@ import pytest
 import tiny
 from absl import flags
 
-from eesd_jax import cli
+from eesd_jax import cli, engine
 from eesd_jax.engine import Engine
+from eesd_jax.model.exit_branch import init_exit_branch
+from eesd_jax.weights.branch_folder import describe, save_branch
 
 SCRIPT = pathlib.Path(__file__).parent.parent / "infer" / "generate.py"
 FIELDS = [
@@ -73,7 +76,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture
 def run(command, monkeypatch, tmp_path):
-    """Runs the command in this process, in an empty folder."""
+    """Runs the command in this process, in an empty folder; without --exit_branch, as if with none, which warns of nothing."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, stdin: str = "", terminals: str = "") -> Result:
@@ -81,7 +84,7 @@ def run(command, monkeypatch, tmp_path):
             flags.FLAGS[name].unparse()
         out, err = Stream(in_terminal="out" in terminals), Stream(in_terminal="err" in terminals)
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["generate.py", *arguments])
+            patch.setattr(sys, "argv", ["generate.py", "--exit_branch=none", *arguments])
             for name, stream in (("stdin", Stream(stdin)), ("stdout", out), ("stderr", err)):
                 patch.setattr(sys, name, stream)
             with pytest.raises(SystemExit) as end:
@@ -146,6 +149,19 @@ def assert_refused(result: Result, *named: str) -> None:
         (["--max_new_tokens=0"], ["--max_new_tokens is 0", "expected an integer >= 1"]),
         (["--batch_size=0"], ["--batch_size is 0", "expected an integer >= 1"]),
         (["--controller=nosuch"], ["--controller is 'nosuch'", "expected one of", "plain"]),
+        (["--controller=fixed:9"], ["--controller is 'fixed:9'", "max_draft, which is 8"]),
+        (["--controller=threshold:2"], ["--controller is 'threshold:2'", "expected a threshold from 0 to 1"]),
+        (["--controller=beta"], ["--controller is 'beta'", "--exit_branch is 'none'", "expected --controller=plain, or --exit_branch"]),
+        (
+            ["--controller=beta", "--exit_branch=auto", "--model=a/b"],
+            ["--controller is 'beta'", "none comes with model 'a/b'", "expected --controller=plain, or --exit_branch"],
+        ),
+        (["--max_draft=0"], ["--max_draft is 0", "expected an integer >= 1"]),
+        (["--compare"], ["--controller is 'beta'", "needs an exit branch", "--exit_branch is 'none'"]),
+        (
+            ["--compare", "--exit_branch=auto", "--controller=plain"],
+            ["--compare is given with --controller=plain", "expected a controller"],
+        ),
         (["--stop="], ["--stop is ''", "expected some text"]),
         (["--top_k=abc"], ["--top_k is 'abc'", "expected an integer"]),
         (["--top_k=1.5"], ["--top_k is '1.5'", "expected an integer"]),
@@ -164,7 +180,7 @@ def assert_refused(result: Result, *named: str) -> None:
     ids=lambda value: value[0].partition("\n")[0] if value[0].isascii() else "surrogate",
 )
 def test_bad_flags_are_refused_before_the_model_is_loaded(run, monkeypatch, arguments, named):
-    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(engine, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     write_prompts([{"prompt": "hi"}], "good.jsonl")
     assert_refused(run("--prompt=hi", *arguments), *named)
     assert os.listdir() == ["good.jsonl"]
@@ -182,7 +198,7 @@ def test_bad_flags_are_refused_before_the_model_is_loaded(run, monkeypatch, argu
     ids=["missing", "empty", "blank", "bad_json", "no_turns"],
 )
 def test_bad_prompt_files_are_refused_before_the_model_is_loaded(run, monkeypatch, content, named):
-    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(engine, "load", lambda *_, **__: pytest.fail("the model was loaded"))
     if content is not None:
         pathlib.Path("prompts.jsonl").write_text(content)
     before = os.listdir()
@@ -433,10 +449,138 @@ def test_help_lists_the_flags_of_this_command(run):
     result = run("--help")
     assert (result.code, result.err) == (0, "")
     assert result.out.startswith("Generates text: ")
-    for flag in ("--prompt=...", "--prompts=...", "--[no]chat", "--[no]stream", "--max_new_tokens=256", "--controller=plain", "--stop=..."):
+    for flag in ("--prompt=...", "--prompts=...", "--[no]chat", "--[no]stream", "--max_new_tokens=256", "--controller=...", "--stop=..."):
         assert f"\n  {flag} " in result.out
     assert max(map(len, result.out.splitlines())) <= 130
     assert "verbosity" not in result.out  # absl's own flags
+
+
+# Speculation -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def branches(tmp_path_factory) -> dict[str, str]:
+    """Folders of exit branches behind all blocks but one: a copy of that one, which drafts what the model would say, and others."""
+    base, config = tmp_path_factory.mktemp("branches"), tiny.config()
+    params = tiny.params(config)
+    branch = init_exit_branch(config, params, config.num_layers - 1, "last")
+    about = {"exit_layer": config.num_layers - 1, "start": "last", "calibration": (1.0, 0.0)}
+    for name, training in (("good", {"steps": 1}), ("untrained", {})):
+        save_branch(base / name, branch, describe(config, params, branch, training=training, **about))
+    other = describe(config, tiny.params(config, seed=1), branch, training={"steps": 1}, **about)
+    save_branch(base / "of_other_weights", branch, other)
+    save_branch(base / "of_another_size", branch, dataclasses.replace(other, hidden_size=64))
+    (base / "empty").mkdir()
+    return {path.name: str(path) for path in base.iterdir()}
+
+
+def speculating(models: dict[str, str], branch: str) -> list[str]:
+    """Arguments; all tests with them run the same compiled programs."""
+    return [f"--model={models['whole']}", f"--exit_branch={branch}", "--max_draft=2", "--max_new_tokens=24"]
+
+
+def test_nothing_is_compiled_twice(run, models, branches):
+    arguments = [*speculating(models, branches["good"]), "--prompt=hello", "--stream", "--temperature=0.7"]
+    programs = (engine._prefill, engine._start_drafting, engine._decode_speculative)
+    before = [program._cache_size() for program in programs]
+    text = run(*arguments).out  # many calls of the loop
+    compiled = [program._cache_size() for program in programs]
+    assert all(now <= earlier + 1 for now, earlier in zip(compiled, before, strict=True))
+    assert run(*arguments, f"--stop={text[3:5]}").out != text  # the host ends the row
+    assert [program._cache_size() for program in programs] == compiled
+
+
+def test_a_branch_changes_the_rounds_and_not_the_answers(run, models, branches):
+    arguments = [*speculating(models, branches["good"]), f"--prompts={write_prompts([{'turns': [p, 'a']} for p in PROMPTS[:3]])}"]
+    plain, result = run(*arguments, "--controller=plain"), run(*arguments)  # by default beta, because the branch is trained
+    ours = read_output(result.out)
+    for line, expected in zip(ours, read_output(plain.out), strict=True):
+        assert list(line) == FIELDS
+        unlike = {"rounds", "drafted", "accepted", "tokens_per_round", "seconds"}
+        assert {name: value for name, value in line.items() if name not in unlike} == {
+            name: value for name, value in expected.items() if name not in unlike
+        }
+        assert 0 < line["accepted"] == line["drafted"]
+        assert line["rounds"] < line["new_tokens"] <= line["rounds"] + line["accepted"]
+        assert line["tokens_per_round"] == line["new_tokens"] / line["rounds"]
+    rounds, tokens, drafted = (sum(line[name] for line in ours) for name in ("rounds", "new_tokens", "drafted"))
+    assert f"; {rounds} rounds, {tokens / rounds:.2f} tokens per round, {drafted} of {drafted} drafts accepted (100%)]\n" in result.err
+    assert "rounds" not in plain.err
+    assert result.err.count("\n") == plain.err.count("\n") == 1
+
+
+def test_an_untrained_branch_is_used_when_asked_for(run, models, branches):
+    arguments = [*speculating(models, branches["untrained"]), "--prompt=hello"]
+    plain, beta = run(*arguments), run(*arguments, "--controller=beta")
+    assert plain.out == beta.out
+    assert "rounds" not in plain.err
+    assert re.search(r"tokens/s; \d+ rounds, \d\.\d\d tokens per round, (\d+) of \1 drafts accepted \(100%\); first token", beta.err)
+
+
+def test_a_model_without_a_branch_is_decoded_plainly_with_a_warning(run, models, branches):
+    arguments = [f"--model={models['whole']}", "--max_new_tokens=24", "--prompt=hello"]
+    result = run(*arguments, "--exit_branch=auto", terminals="err")
+    assert result.code == 0
+    assert "warning: no exit branch comes with model" in result.err
+    assert result.err.replace("\r", "\n").count("warning") == 1
+    assert "warning" not in run(*arguments, "--exit_branch=auto", "--controller=plain").err
+    other = run(*speculating(models, branches["of_other_weights"]), "--prompt=hello")
+    assert other.out == result.out
+    assert other.err.startswith("warning: exit branch ")
+    assert "made for another model (its target's weight fingerprint is " in other.err
+    assert other.err.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("branch", "named"),
+    [
+        ("{of_another_size}", ["of_another_size", "hidden_size 64", "the model's is 32"]),
+        ("{empty}", ["empty", "no exit_branch.safetensors", "expected an exit branch"]),
+        ("./nosuch", ["exit branch './nosuch'", "no such folder", "expected auto, none, a folder"]),
+        ("nosuch/branch", ["exit branch 'nosuch/branch'", "expected auto, none, a folder"]),
+    ],
+)
+def test_bad_branches_are_refused_and_leave_nothing(run, models, branches, branch, named):
+    name = branches[branch[1:-1]] if branch.startswith("{") else branch
+    assert_refused(run(f"--model={models['whole']}", f"--exit_branch={name}", "--prompt=hi", "--output=out.jsonl"), *named)
+    assert os.listdir() == []
+
+
+@pytest.mark.parametrize("terminals", ["", "out"], ids=["piped", "terminal"])
+@pytest.mark.parametrize("branch", ["good", "untrained"])
+def test_compare_prints_one_answer_and_what_speculation_gained(run, models, branches, branch, terminals):
+    arguments = [*speculating(models, branches[branch]), "--prompt=hello"]
+    result = run(*arguments, "--compare", "--output=out.jsonl", terminals=terminals)
+    answer = run(*arguments, "--controller=plain").out
+    (line,) = read_output(pathlib.Path("out.jsonl").read_text())
+    assert (result.code, result.err) == (0, "")
+    assert result.out.startswith(answer + "\n")
+    lines = result.out.removeprefix(answer + "\n").splitlines()
+    plain, eesd = (
+        float(re.fullmatch(rf"{name}: +(\d+\.\d) tokens/s", text)[1]) for name, text in zip(("plain", "eesd"), lines, strict=False)
+    )
+    assert float(lines[2].removeprefix("ratio: ")) == pytest.approx(eesd / plain, abs=0.02)
+    assert lines[3:5] == [f"tokens per round: {line['tokens_per_round']:.2f}", "identical: yes"]
+    assert line["accepted"] > 0
+    untrained = ["The exit branch is untrained: no speed-up is to be expected."] if branch == "untrained" else []
+    assert lines[5:] == untrained
+
+
+def test_compare_says_when_answers_differ(run, models, branches, monkeypatch):
+    stream = Engine.stream
+
+    def one_less(engine, prompt, *, controller, **options):
+        end = yield from stream(engine, prompt, controller=controller, **options)
+        return dataclasses.replace(end, token_ids=end.token_ids[:-1]) if controller else end
+
+    monkeypatch.setattr(Engine, "stream", one_less)
+    arguments = [*speculating(models, branches["good"]), "--prompt=hello", "--compare"]
+    assert "\nidentical: no\n" in run(*arguments).out
+    assert "\nidentical: no (sampled: " in run(*arguments, "--temperature=1").out
+
+
+def test_compare_needs_a_prompt(run):
+    assert_refused(run("--compare", "--exit_branch=auto"), "--compare is given without --prompt", "expected --prompt")
 
 
 # Chat --------------------------------------------------------------------------------------------------------------------------------
@@ -502,6 +646,10 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TRANSFORMERS_NO_ADVISORY_WARNINGS")} | ours
 
 
+def model_of(models: dict[str, str]) -> list[str]:
+    return [f"--model={models['whole']}", "--exit_branch=none"]
+
+
 def test_without_pytorch_the_error_is_still_the_only_line(models, environment, tmp_path):
     # transformers says at import that it misses PyTorch.
     start = f"import runpy, sys; sys.modules['torch'] = None; sys.argv = sys.argv[1:]; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
@@ -521,7 +669,7 @@ def test_a_reader_that_leaves_early_is_no_error(models, environment, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "hello"}\n' * 400)  # more than a pipe holds
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, f"--model={models['whole']}", f"--prompts={prompts}", "--max_new_tokens=1", "--batch_size=200"],
+        [sys.executable, SCRIPT, *model_of(models), f"--prompts={prompts}", "--max_new_tokens=1", "--batch_size=200"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -536,7 +684,7 @@ def test_a_reader_that_leaves_early_is_no_error(models, environment, tmp_path):
 
 def test_sigint_while_waiting_for_a_message(models, environment, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, f"--model={models['whole']}", "--max_new_tokens=2", "--output=out.jsonl"],
+        [sys.executable, SCRIPT, *model_of(models), "--max_new_tokens=2", "--output=out.jsonl"],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.PIPE,
@@ -560,7 +708,7 @@ def test_sigint_while_waiting_for_a_message(models, environment, tmp_path):
 def test_chat_in_a_terminal(models, environment, tmp_path):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, f"--model={models['whole']}", "--max_new_tokens=20"],
+        [sys.executable, SCRIPT, *model_of(models), "--max_new_tokens=20"],
         cwd=tmp_path,
         env=environment | {"TERM": "dumb"},
         stdin=theirs,

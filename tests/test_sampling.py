@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import reference
 
 from eesd_jax.decode.sampling import Sampling, sample, warp
 
@@ -11,27 +12,6 @@ def settings(rows: list[tuple[float, int, float, float]]) -> Sampling:
     return Sampling(
         jnp.array(temperature, jnp.float32), jnp.array(top_k, jnp.int32), jnp.array(top_p, jnp.float32), jnp.array(min_p, jnp.float32)
     )
-
-
-def reference(logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float) -> np.ndarray:
-    """The filters by sorting, in float64, as their papers define them."""
-    if temperature == 0:
-        return np.eye(len(logits))[np.argmax(logits)]
-
-    def softmax(x: np.ndarray) -> np.ndarray:
-        e = np.exp(x - x.max())
-        return e / e.sum()
-
-    scaled = logits.astype(np.float64) / temperature
-    order = np.argsort(-scaled)
-    if top_k:
-        scaled[order[top_k:]] = -np.inf
-    probs = softmax(scaled)[order]
-    before = np.cumsum(probs) - probs
-    scaled[order[before >= top_p]] = -np.inf
-    probs = softmax(scaled)
-    scaled[probs < min_p * probs.max()] = -np.inf
-    return softmax(scaled)
 
 
 ROWS = [
@@ -52,7 +32,7 @@ ROWS = [
 def test_warp_is_what_sorting_gives():
     logits = np.random.default_rng(0).normal(size=(len(ROWS), 200)).astype(np.float32) * 3
     got = jax.jit(warp)(jnp.asarray(logits), settings(ROWS))
-    want = np.stack([reference(row, *setting) for row, setting in zip(logits, ROWS, strict=True)])
+    want = np.stack([reference.warped(row, *setting) for row, setting in zip(logits, ROWS, strict=True)])
     np.testing.assert_allclose(got, want, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(got) > 0, want > 1e-30)
 

@@ -6,12 +6,12 @@ the decoding loop:
     state = controller.init(batch)
     plan = controller.propose(keys_B, state, running_B)                            # once a round
     keep, plan = controller.keep_drafting(keys_B, plan, k, confidence_B)           # before draft k, k = 0, 1, ...
-    state = controller.update(state, drafted_B, accepted_B)                        # once a round
+    state = controller.update(state, plan, drafted_B, accepted_B)                  # once a round
 
 Controllers may look at drafts that were sampled already, because every sampled draft is verified: none of them can change the output's law.
 The paper's prior, its Cali-TS formula and its hyper-parameters are not known to us; the defaults in `config.py` are our own.
 
-Axes: B rows; keys and decisions are one a row.
+Axes: B rows (keys and decisions are one a row), K drafts at most, L = K + 1 lengths of a round.
 """
 
 import dataclasses
@@ -33,11 +33,12 @@ class Controller(Protocol):
     def keep_drafting(self, keys_B: jax.Array, plan: Any, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, Any]:
         """Whether to draft one more, with k drafted so far: bool [B], and the plan for the next question.
 
-        confidence_B: float32 [B], the branch's probability of the draft sampled last; 1 at k = 0.
+        It is asked after every draft, the last one included. confidence_B: float32 [B], the branch's probability of the draft sampled last;
+        1 at k = 0.
         """
 
-    def update(self, state: Any, drafted_B: jax.Array, accepted_B: jax.Array) -> Any:
-        """Learns from a round: int32 [B] tokens drafted, and of those accepted."""
+    def update(self, state: Any, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array) -> Any:
+        """Learns from a round: the plan as it was in the end, and int32 [B] tokens drafted, and of those accepted."""
 
     def mean(self, state: Any) -> jax.Array:
         """The expected acceptance of one draft, float32 [B]; NaN where the controller has no such belief."""
@@ -63,7 +64,7 @@ class _Stateless:
     def propose(self, keys_B: jax.Array, state: NoState, running_B: jax.Array) -> NoState:
         return state
 
-    def update(self, state: NoState, drafted_B: jax.Array, accepted_B: jax.Array) -> NoState:
+    def update(self, state: NoState, plan: NoState, drafted_B: jax.Array, accepted_B: jax.Array) -> NoState:
         return state
 
     def mean(self, state: NoState) -> jax.Array:
@@ -110,7 +111,9 @@ class Beta:
 
     Attributes:
       prior_alpha, prior_beta: pseudo-counts before the first round.
-      discount: what remains of the evidence (not of the prior) after each round; 1 forgets nothing.
+      discount: what remains of the evidence (not of the prior) after a round with drafts; 1 forgets nothing.
+      idle_discount: the same after a round without drafts. It teaches nothing, but without forgetting, a belief that drafts do not pay
+        would never be put to the test again.
       censored: what lies behind the first rejection was never tested, so a round adds one failure at most. Otherwise every draft that was
         not accepted counts, as the paper reads.
     """
@@ -118,6 +121,7 @@ class Beta:
     prior_alpha: float
     prior_beta: float
     discount: float
+    idle_discount: float
     censored: bool = True
 
     def init(self, batch: int) -> BetaState:
@@ -129,14 +133,19 @@ class Beta:
     def keep_drafting(self, keys_B: jax.Array, plan: jax.Array, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.vmap(jax.random.uniform)(keys_B) < plan, plan
 
-    def update(self, state: BetaState, drafted_B: jax.Array, accepted_B: jax.Array) -> BetaState:
+    def failures(self, drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
+        """Drafts that count as failed, int32 [B]."""
         rejected = drafted_B - accepted_B
-        failures = jnp.minimum(rejected, 1) if self.censored else rejected
-        # A round that drafted nothing taught nothing, and forgets nothing.
-        discount = jnp.where(drafted_B > 0, self.discount, 1.0)
+        return jnp.minimum(rejected, 1) if self.censored else rejected
+
+    def remembered(self, count_B: jax.Array, prior: float, drafted_B: jax.Array) -> jax.Array:
+        """What a round leaves of a pseudo-count that began as `prior`, float32 [B]."""
+        return prior + jnp.where(drafted_B > 0, self.discount, self.idle_discount) * (count_B - prior)
+
+    def update(self, state: BetaState, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array) -> BetaState:
         return BetaState(
-            self.prior_alpha + discount * (state.alpha - self.prior_alpha) + accepted_B,
-            self.prior_beta + discount * (state.beta - self.prior_beta) + failures,
+            self.remembered(state.alpha, self.prior_alpha, drafted_B) + accepted_B,
+            self.remembered(state.beta, self.prior_beta, drafted_B) + self.failures(drafted_B, accepted_B),
         )
 
     def mean(self, state: BetaState) -> jax.Array:
@@ -150,10 +159,15 @@ class Calibration:
     slope: float = 1.0
     intercept: float = 0.0
 
+    def log_odds(self, confidence: jax.Array) -> jax.Array:
+        """Log odds of acceptance, finite; float32 of any shape to float32 of that shape."""
+        eps = jnp.finfo(jnp.float32).eps
+        clipped = jnp.clip(confidence, eps, 1 - eps)
+        return self.slope * (jnp.log(clipped) - jnp.log1p(-clipped)) + self.intercept
+
     def __call__(self, confidence: jax.Array) -> jax.Array:
-        """float32 of any shape to float32 of that shape."""
-        clipped = jnp.clip(confidence, 1e-6, 1 - 1e-6)  # a finite logit
-        return jax.nn.sigmoid(self.slope * (jnp.log(clipped) - jnp.log1p(-clipped)) + self.intercept)
+        """Probability of acceptance, shapes as above."""
+        return jax.nn.sigmoid(self.log_odds(confidence))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,57 +191,87 @@ class Calibrated(Beta):
         scale = jnp.minimum(1.0, self.capacity / (state.alpha + state.beta))
         return BetaState(state.alpha * scale, state.beta * scale)
 
-    def theta(self, keys_B: jax.Array, posterior: BetaState, k: jax.Array, confidence_B: jax.Array) -> jax.Array:
-        """A draw of the acceptance of the draft sampled last (of the next one at k = 0), float32 [B]."""
-        weight, s = jnp.where(k > 0, self.kappa, 0.0), self.calibration(confidence_B)
-        return jax.vmap(jax.random.beta)(keys_B, posterior.alpha + weight * s, posterior.beta + weight * (1 - s))
-
     def keep_drafting(self, keys_B: jax.Array, plan: BetaState, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, BetaState]:
         theta_keys, coin_keys = jax.vmap(jax.random.split, out_axes=1)(keys_B)
-        return jax.vmap(jax.random.uniform)(coin_keys) < self.theta(theta_keys, plan, k, confidence_B), plan
+        weight, s = jnp.where(k > 0, self.kappa, 0.0), self.calibration(confidence_B)
+        theta = jax.vmap(jax.random.beta)(theta_keys, plan.alpha + weight * s, plan.beta + weight * (1 - s))
+        return jax.vmap(jax.random.uniform)(coin_keys) < theta, plan
+
+
+class CostState(NamedTuple):
+    """What `CostAware` has learnt, float32 [B] each.
+
+    alpha, beta: as in `BetaState`. predicted: how many of the same alpha + beta drafts the calibrated confidence expected to be accepted;
+    of the prior's, prior_alpha.
+    """
+
+    alpha: jax.Array
+    beta: jax.Array
+    predicted: jax.Array
 
 
 class CostPlan(NamedTuple):
     """What `CostAware` knows of the round so far, per row.
 
-    posterior: capped. theta: float32 [B], drawn acceptance of the drafts to come. survival: float32 [B], probability that all drafts so far
-    are accepted. expected: float32 [B], tokens that the round gives if it stops here. running: bool [B].
+    theta: float32 [B], drawn acceptance of the drafts to come. correction: float32 [B], added to the log odds that the confidence gives.
+    confidence: float32 [B, K], calibrated, of the drafts so far. survival: float32 [B], probability that all drafts so far are accepted.
+    expected: float32 [B], tokens that the round gives if it stops here. running: bool [B].
     """
 
-    posterior: BetaState
     theta: jax.Array
+    correction: jax.Array
+    confidence: jax.Array
     survival: jax.Array
     expected: jax.Array
     running: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
-class CostAware(Calibrated):
+class CostAware(Beta):
     """Drafts the length that gives the most expected tokens per unit of measured time (ours).
 
-    theta is drawn as in `Beta` for drafts to come and as in `Calibrated` for those sampled, and the length maximises
-    E[tokens(length)] / cost[length]. A batch pays for its longest row, so one length is chosen for all running rows together.
+    Before each draft it finds the length that maximises E[tokens(length)] / cost[length], and drafts on if that is more than it has. For
+    drafts to come the acceptance is theta, drawn once a round as in `Beta`: the draw is what explores. For drafts sampled already it is
+    what their confidence says, corrected by what the row's text has shown: the log odds are shifted by the difference between the
+    acceptance found and the acceptance that the confidence had predicted for the same drafts. So the confidence is trusted to tell drafts
+    from each other, and the counts to know their level. A batch pays for its longest row, so one length is chosen for all running rows.
 
     Attributes:
-      cost: seconds of a round with 0, 1, ... max_draft drafts; only their ratios matter.
+      calibration: from the branch's confidence to a probability of acceptance.
+      cost: seconds of a round with 0, 1, ... K drafts; only their ratios matter.
     """
 
+    calibration: Calibration = dataclasses.field(kw_only=True)
     cost: tuple[float, ...] = dataclasses.field(kw_only=True)
 
-    def propose(self, keys_B: jax.Array, state: BetaState, running_B: jax.Array) -> CostPlan:
-        posterior = Calibrated.propose(self, keys_B, state, running_B)
+    def init(self, batch: int) -> CostState:
+        return CostState(*Beta.init(self, batch), predicted=jnp.full(batch, self.prior_alpha, jnp.float32))
+
+    def propose(self, keys_B: jax.Array, state: CostState, running_B: jax.Array) -> CostPlan:
+        found = jnp.log(state.alpha) - jnp.log(state.beta)
+        predicted = jnp.log(state.predicted) - jnp.log(state.alpha + state.beta - state.predicted)
         one = jnp.ones_like(state.alpha)
-        theta = jax.vmap(jax.random.beta)(keys_B, posterior.alpha, posterior.beta)
-        return CostPlan(posterior, theta, survival=one, expected=one, running=running_B)
+        nothing_BxK = jnp.zeros((one.size, len(self.cost) - 1), jnp.float32)
+        theta = Beta.propose(self, keys_B, state, running_B)
+        return CostPlan(theta, found - predicted, nothing_BxK, survival=one, expected=one, running=running_B)
 
     def keep_drafting(self, keys_B: jax.Array, plan: CostPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, CostPlan]:
-        survival = jnp.where(k > 0, plan.survival * self.theta(keys_B, plan.posterior, k, confidence_B), plan.survival)
+        log_odds = self.calibration.log_odds(confidence_B)
+        is_last_K = jnp.arange(len(self.cost) - 1) == k - 1  # nowhere at k = 0
+        confidence_BxK = jnp.where(is_last_K, jax.nn.sigmoid(log_odds)[:, None], plan.confidence)
+        survival = plan.survival * jnp.where(k > 0, jax.nn.sigmoid(log_odds + plan.correction), 1.0)
         expected = plan.expected + jnp.where(k > 0, survival, 0.0)
-        plan = plan._replace(survival=survival, expected=expected)
-        # Expected tokens of every length still possible: drafts to come are each accepted with probability theta if all before them were.
-        lengths = jnp.arange(len(self.cost))
-        powers_BxK = jnp.where(lengths > k, plan.theta[:, None] ** jnp.maximum(lengths - k, 1), 0.0)
-        tokens_BxK = expected[:, None] + survival[:, None] * jnp.cumsum(powers_BxK, axis=1)
-        rate_K = jnp.sum(tokens_BxK * plan.running[:, None], axis=0) / jnp.array(self.cost, jnp.float32)
-        best = jnp.argmax(jnp.where(lengths >= k, rate_K, -jnp.inf))
+        # Of every length still possible: the draft at distance d from here counts if those before it were accepted too, theta ** d.
+        ahead_L = jnp.arange(len(self.cost)) - k
+        powers_BxL = jnp.where(ahead_L > 0, plan.theta[:, None] ** jnp.maximum(ahead_L, 1), 0.0)
+        tokens_BxL = expected[:, None] + survival[:, None] * jnp.cumsum(powers_BxL, axis=1)
+        rate_L = jnp.sum(tokens_BxL * plan.running[:, None], axis=0) / jnp.array(self.cost, jnp.float32)
+        best = jnp.argmax(jnp.where(ahead_L >= 0, rate_L, -jnp.inf))
+        plan = plan._replace(confidence=confidence_BxK, survival=survival, expected=expected)
         return jnp.broadcast_to(best > k, confidence_B.shape), plan
+
+    def update(self, state: CostState, plan: CostPlan, drafted_B: jax.Array, accepted_B: jax.Array) -> CostState:
+        learned = Beta.update(self, BetaState(state.alpha, state.beta), plan, drafted_B, accepted_B)
+        tested = accepted_B + self.failures(drafted_B, accepted_B)
+        said_BxK = jnp.where(jnp.arange(plan.confidence.shape[1]) < tested[:, None], plan.confidence, 0.0)
+        return CostState(*learned, self.remembered(state.predicted, self.prior_alpha, drafted_B) + jnp.sum(said_BxK, axis=1))

@@ -76,7 +76,8 @@ def prefill(
         exit_cache = None if branch is None else kv.empty(config, batch, capacity, dtype, blocks=1)
         cache, exit_cache = jax.lax.fori_loop(0, chunks, run_chunk, (kv.empty(config, batch, capacity, dtype), exit_cache))
     tokens = jnp.pad(prompt_BxP, ((0, 0), (0, capacity - padded)))
-    finish = jnp.where(length_B < limit_B, RUNNING, LENGTH)  # rows that only fill up the batch have no budget
+    # Rows that only fill up the batch have no budget. A weak type here would compile the loop again once the host has ended a row.
+    finish = jnp.where(length_B < limit_B, RUNNING, LENGTH).astype(jnp.int32)
     return DecodeState(tokens, length_B, limit_B, finish, row_keys_B, cache, None), exit_cache
 
 

@@ -153,6 +153,12 @@ def _verify(
     return jax.lax.switch(choice, [lambda width=width: at_width(width) for width in widths])
 
 
+def _tested_and_kept(drafted_B: jax.Array, accepted_B: jax.Array, committed_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Drafts that the text did not end before, and drafts that became text, int32 [B] each."""
+    kept = jnp.minimum(accepted_B, committed_B)
+    return jnp.where(committed_B <= accepted_B, kept, drafted_B), kept
+
+
 def round_step(
     config: ModelConfig,
     draft: DraftConfig,
@@ -200,12 +206,10 @@ def round_step(
     finish = jnp.where(ended_by_eos, EOS, jnp.where(length >= state.limit, LENGTH, RUNNING))
     tokens = jax.vmap(jax.lax.dynamic_update_slice_in_dim, (0, 0, 0, None))(state.tokens, new_BxW, state.length, 0)
 
-    # Learn from what was committed: drafts behind the end of the text are neither hits nor misses.
-    cut = committed <= accepted
-    kept = jnp.minimum(accepted, committed)
-    tested = jnp.where(cut, kept, count)
+    # Learn from what was committed: drafts behind the end of the text count neither way.
+    tested, kept = _tested_and_kept(count, accepted, committed)
     old = state.draft
-    learned = controller.update(old.controller, tested, kept)
+    learned = controller.update(old.controller, drafted.plan, tested, kept)
     learned = jax.tree.map(lambda new, before: jnp.where(running, new, before), learned, old.controller)
     log = RoundLog(
         old.log.rounds + running,

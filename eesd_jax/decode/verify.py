@@ -39,6 +39,13 @@ def _leading(accept_BxK: jax.Array) -> jax.Array:
     return jnp.sum(jnp.cumprod(accept_BxK.astype(jnp.int32), axis=1), axis=1)
 
 
+def _residual(p_BxV: jax.Array, q_BxV: jax.Array) -> jax.Array:
+    """max(p - q, 0), not normalised; p itself where q is nothing."""
+    rest = jnp.maximum(p_BxV - q_BxV, 0.0)
+    # A rejection says that p and q differ; only rounding can leave nothing over, and then p is the residual to within rounding.
+    return jnp.where(jnp.any(rest > 0, axis=1, keepdims=True), rest, p_BxV)
+
+
 def accept_greedy(drafts: Drafts, logits_BxWxV: jax.Array) -> Verdict:
     """Keeps the drafts that are the target's own argmax."""
     target_BxW = jnp.argmax(logits_BxWxV, axis=-1).astype(jnp.int32)
@@ -68,9 +75,7 @@ def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, lo
         place = jnp.minimum(accepted, width - 2)
         q_BxQ = jnp.take_along_axis(drafts.probs, place[:, None, None], axis=1)[:, 0] * rejected[:, None]
         q_BxV = q_BxQ if q_BxQ.shape[1] == vocabulary else jnp.zeros_like(p_BxV).at[:, draft_ids_Q].set(q_BxQ)
-        residual = jnp.maximum(p_BxV - q_BxV, 0.0)
-        # A rejection says that p and q differ; only rounding can leave nothing over, and then p is the residual to within rounding.
-        p_BxV = jnp.where(jnp.any(residual > 0, axis=1, keepdims=True), residual, p_BxV)
+        p_BxV = _residual(p_BxV, q_BxV)
     token = jax.vmap(jax.random.categorical)(token_keys, jnp.log(p_BxV)).astype(jnp.int32)
     return Verdict(accepted, token)
 

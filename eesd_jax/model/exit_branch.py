@@ -6,15 +6,21 @@ target still scores every token, so this costs acceptance and never correctness.
 Axes: B batch, T tokens, D hidden, V vocabulary of the target, Q draft vocabulary.
 """
 
+import dataclasses
 from typing import NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, rope
+from eesd_jax.model import llama, rope, sharding
 from eesd_jax.model.cache import KVCache
+
+STARTS = ("last", "next", "zero")
 
 
 class ExitBranch(NamedTuple):
@@ -30,7 +36,7 @@ class ExitBranch(NamedTuple):
 
 
 def init_exit_branch(
-    config: ModelConfig, params: llama.Params, exit_layer: int, start: str, draft_ids: jax.Array | None = None
+    config: ModelConfig, params: llama.Params, exit_layer: int, start: str, draft_ids: np.ndarray | None = None
 ) -> ExitBranch:
     """A branch made from the target's own weights.
 
@@ -42,19 +48,56 @@ def init_exit_branch(
       draft_ids: int32 [Q], increasing ids of the draft vocabulary; None for the whole vocabulary.
 
     Raises:
-      UserError: an exit layer or a start that there is not.
+      UserError: an exit layer or a start that there is not, or a draft vocabulary that is none.
     """
-    if not 1 <= exit_layer < config.num_layers:
-        raise UserError(f"exit_layer is {exit_layer}; expected 1 to {config.num_layers - 1} for a model of {config.num_layers} blocks")
-    if start not in ("last", "next", "zero"):
-        raise UserError(f"start of the exit branch is {start!r}; expected last, next or zero")
+    check_exit_layer(config, exit_layer)
+    if start not in STARTS:
+        raise UserError(f"start of the exit branch is {start!r}; expected one of {', '.join(STARTS)}")
     block = dict(params["blocks"][-1 if start == "last" else exit_layer])
     if start == "zero":
         block |= {name: jnp.zeros_like(block[name]) for name in ("wo", "bo", "w_down", "b_down") if name in block}
-    draft_ids = jnp.arange(config.vocab_size, dtype=jnp.int32) if draft_ids is None else jnp.asarray(draft_ids, jnp.int32)
+    draft_ids = np.arange(config.vocab_size) if draft_ids is None else np.asarray(draft_ids)
+    check_draft_ids(config, draft_ids)
     head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
     head = head_VxD if draft_ids.size == config.vocab_size else head_VxD[draft_ids]
-    return ExitBranch(block, params["final_norm"], head, draft_ids)
+    return ExitBranch(block, params["final_norm"], head, jnp.asarray(draft_ids, jnp.int32))
+
+
+def check_exit_layer(config: ModelConfig, exit_layer: int) -> None:
+    """Raises UserError where blocks do not remain on both sides of the exit."""
+    if not 1 <= exit_layer < config.num_layers:
+        raise UserError(f"exit_layer is {exit_layer}; expected 1 to {config.num_layers - 1} for a model of {config.num_layers} blocks")
+
+
+def check_draft_ids(config: ModelConfig, draft_ids: np.ndarray) -> None:
+    """Raises UserError where ids [Q] are not increasing ids of the vocabulary: verification takes V of them for the vocabulary itself."""
+    wanted = f"expected increasing ids from 0 to {config.vocab_size - 1}"
+    if draft_ids.ndim != 1 or draft_ids.size == 0 or not np.issubdtype(draft_ids.dtype, np.integer):
+        raise UserError(f"draft vocabulary has shape {list(draft_ids.shape)} and dtype {draft_ids.dtype}; {wanted}")
+    outside = draft_ids[(draft_ids < 0) | (draft_ids >= config.vocab_size)]
+    if outside.size:
+        raise UserError(f"draft vocabulary has id {outside[0]}; {wanted}")
+    (falls,) = np.nonzero(draft_ids[1:] <= draft_ids[:-1])
+    if falls.size:
+        raise UserError(f"draft vocabulary has id {draft_ids[falls[0] + 1]} behind id {draft_ids[falls[0]]}; {wanted}")
+
+
+def _as_model(config: ModelConfig, draft_vocab_size: int) -> ModelConfig:
+    """The branch seen as a model of one block, whose vocabulary is the draft vocabulary."""
+    return dataclasses.replace(config, num_layers=1, windows=config.windows[-1:], vocab_size=draft_vocab_size, tie_embeddings=False)
+
+
+def abstract_exit_branch(config: ModelConfig, draft_vocab_size: int) -> ExitBranch:
+    """The shape of every weight of a branch for that target (`jax.ShapeDtypeStruct`); nothing is allocated."""
+    params = nn.meta.unbox(sharding.abstract_params(_as_model(config, draft_vocab_size)))
+    ids = jax.ShapeDtypeStruct((draft_vocab_size,), jnp.int32)
+    return ExitBranch(params["blocks"][0], params["final_norm"], params["lm_head"], ids)
+
+
+def exit_branch_shardings(config: ModelConfig, draft_vocab_size: int, mesh: Mesh) -> ExitBranch:
+    """`NamedSharding` of every weight of a branch, by the same table as the target's."""
+    params = sharding.param_shardings(_as_model(config, draft_vocab_size), mesh)
+    return ExitBranch(params["blocks"][0], params["final_norm"], params["lm_head"], NamedSharding(mesh, PartitionSpec()))
 
 
 def run_exit_block(

@@ -211,12 +211,13 @@ def forward_blocks(
     length = x_BxTxD.shape[1]
     rot = rope.rotation(config.rope, config.head_dim, start_B[:, None] + jnp.arange(length))
     mask_TxT = causal_mask(length)
-    block = Block(config)
+    # Blocks with the same window are traced once; inlined, they make the same program as without this jit.
+    run_block = jax.jit(Block(config).apply, static_argnums=7, inline=True)
     keys, values = [], []
     x = x_BxTxD
     for layer in layers:
         cached = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
-        x, k, v = block.apply({"params": blocks[layer]}, x, rot, *cached, start_B, mask_TxT, config.windows[layer])
+        x, k, v = run_block({"params": blocks[layer]}, x, rot, *cached, start_B, mask_TxT, config.windows[layer])
         keys.append(k)
         values.append(v)
     return x, KVCache(tuple(keys), tuple(values))
@@ -273,6 +274,7 @@ def init(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) ->
     zero = jnp.zeros(1, jnp.int32)
     rot = rope.rotation(config.rope, config.head_dim, zero[:, None])
 
+    @jax.jit  # so that blocks, which are all alike, are traced once
     def init_block(block_key: jax.Array) -> Params:
         return block.init(block_key, x, rot, None, None, zero, causal_mask(1), None)["params"]
 

@@ -3,6 +3,7 @@
 Tensors appear under their Hugging Face names and in their Hugging Face order, so that everything behind this file knows one layout only.
 """
 
+import math
 import pathlib
 from typing import Any
 
@@ -28,6 +29,8 @@ _BLOCK_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_FACTORS = "rope_freqs.weight"
+_PIECE = 256  # rows dequantized at once
+_ALIGNMENT = 64  # bytes
 _REQUIRED_FIELDS = (
     "block_count",
     "context_length",
@@ -38,8 +41,30 @@ _REQUIRED_FIELDS = (
 )
 
 
-class _CheckedReader(gguf.GGUFReader):
-    """Names the tensor where a truncated file ends; the base class only fails to reshape its bytes."""
+class _Reader(gguf.GGUFReader):
+    """The package's reader, but quick with long arrays (vocabularies have 100,000 strings and more), and clear about truncated files."""
+
+    def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list, list[int], list[gguf.GGUFValueType]]:
+        header = self.data[orig_offs : orig_offs + 12]  # of an array: the type of its items (uint32) and how many there are (uint64)
+        order = "little" if self.endianess == gguf.GGUFEndian.LITTLE else "big"
+        item_type = int.from_bytes(header[:4], order)
+        if raw_type != gguf.GGUFValueType.ARRAY or item_type == gguf.GGUFValueType.ARRAY:
+            return super()._get_field_parts(orig_offs, raw_type)
+        types = [gguf.GGUFValueType.ARRAY, gguf.GGUFValueType(item_type)]
+        count, start = int.from_bytes(header[4:], order), orig_offs + 12
+        if item_type != gguf.GGUFValueType.STRING:
+            values = self._get(start, self.gguf_scalar_to_np[types[1]], count)
+            if len(values) < count:
+                raise ValueError(f"it ends within an array of {count} values")
+            return start + values.nbytes - orig_offs, [values], [0], types
+        file, strings, end = memoryview(self.data), [], start
+        for _ in range(count):
+            begin = end + 8
+            end = begin + int.from_bytes(file[begin - 8 : begin], order)
+            if end > len(file):
+                raise ValueError(f"it ends within an array of {count} strings")
+            strings.append(file[begin:end])
+        return end - orig_offs, strings, list(range(count)), types
 
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
         for field in fields:
@@ -61,7 +86,7 @@ class GGUFSource:
     def __init__(self, path: pathlib.Path):
         self.description = str(path)
         try:
-            reader = _CheckedReader(path)
+            reader = _Reader(path)
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except (ValueError, IndexError, KeyError, OSError) as error:
@@ -95,13 +120,17 @@ class GGUFSource:
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantized to float32, rows of q and k in Hugging Face order."""
         tensor = self._tensors[name]
+        data = _aligned_empty(self.shapes[name])
+        # As plain arrays (slices of a memory map cost more than the arithmetic on them), and in pieces, so that only the result is large.
+        raw_rows = np.asarray(tensor.data).reshape(-1, tensor.data.shape[-1])
+        rows = data.reshape(len(raw_rows), -1)
         try:
-            data = gguf.dequantize(tensor.data, tensor.tensor_type)
+            for first in range(0, len(rows), _PIECE):
+                rows[first : first + _PIECE] = gguf.dequantize(raw_rows[first : first + _PIECE], tensor.tensor_type)
         except NotImplementedError:
             raise UserError(
                 f"{self.description}: tensor {tensor.name} has type {tensor.tensor_type.name}, which the gguf package cannot dequantize"
             ) from None
-        data = data.reshape(self.shapes[name])
         if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
             heads = self._kv_heads if ".k_proj." in name else self._heads
             # The converter interleaved the two halves of each head (for rotation of neighbouring pairs); undo it.
@@ -166,6 +195,13 @@ class GGUFSource:
             "beta_fast": self.field(f"{prefix}.yarn_beta_fast"),
             "beta_slow": self.field(f"{prefix}.yarn_beta_slow"),
         }
+
+
+def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
+    """A float32 array that starts where JAX on CPU can take it over without a copy."""
+    memory = np.empty(math.prod(shape) + _ALIGNMENT // 4, np.float32)
+    skipped = -memory.ctypes.data % _ALIGNMENT // 4
+    return memory[skipped : skipped + math.prod(shape)].reshape(shape)
 
 
 def _hf_name(name: str) -> str:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 
 import platformdirs
 from huggingface_hub import snapshot_download
@@ -49,25 +50,36 @@ def find_model(name: str) -> pathlib.Path:
         if path.suffix != ".gguf":
             raise UserError(f"model {name!r} is a file but not a .gguf file; expected {DEMO_NAME}, a folder, a .gguf file or a hub id")
         return path
-    looks_local = path.suffix == ".gguf" or path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
-    if looks_local:
+    if path.suffix == ".gguf" or looks_local(name):
         raise UserError(f"model {name!r}: no such file or folder")
-    return _fetch_hub(name)
+    return fetch_repository(name, "model", f"expected {DEMO_NAME}, an existing folder, a .gguf file or a hub id", _HUB_PATTERNS)
 
 
-def _fetch_hub(name: str) -> pathlib.Path:
-    expected = f"expected {DEMO_NAME}, an existing folder, a .gguf file or a hub id"
+def looks_local(name: str) -> bool:
+    """Whether a name that is no file or folder here was meant to be one: hub ids have one slash at most, and never begin like a path."""
+    return pathlib.Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+
+
+def fetch_repository(name: str, kind: str, expected: str, patterns: Sequence[str]) -> pathlib.Path:
+    """The folder with those files of a hub repository that fit the patterns, fetched if need be.
+
+    Args:
+      kind: what it is in the words of messages, `expected` what would have been right.
+
+    Raises:
+      UserError: it is unknown, gated, or cannot be fetched.
+    """
     try:
-        return pathlib.Path(snapshot_download(name, allow_patterns=_HUB_PATTERNS, ignore_patterns=_HUB_IGNORED))
+        return pathlib.Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_HUB_IGNORED))
     except GatedRepoError:
         raise UserError(
-            f"model {name!r} is gated: accept its licence on its hub page and set HF_TOKEN to a token of that account"
+            f"{kind} {name!r} is gated: accept its licence on its hub page and set HF_TOKEN to a token of that account"
         ) from None
     except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(f"model {name!r} is unknown; {expected} (a private one needs HF_TOKEN)") from None
+        raise UserError(f"{kind} {name!r} is unknown; {expected} (a private one needs HF_TOKEN)") from None
     except Exception as error:  # whatever the HTTP client below raises; all of it means that nothing was fetched
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"model {name!r} is not on this machine and could not be fetched from the hub ({reason}); {expected}") from None
+        raise UserError(f"{kind} {name!r} is not on this machine and could not be fetched from the hub ({reason}); {expected}") from None
 
 
 def fetch_demo() -> pathlib.Path:

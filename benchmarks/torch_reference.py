@@ -1,0 +1,45 @@
+"""The built-in model in transformers + PyTorch (CPU, float32): what this project is compared with."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from eesd_jax.weights import gguf, hub
+
+
+def load_model() -> transformers.LlamaForCausalLM:
+    """The built-in model's weights, as this project reads them, in transformers."""
+    source = gguf.GGUFSource(hub.fetch_demo())
+    config = source.hf_config()
+    config["rope_scaling"] = _given(config["rope_scaling"])
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_given(config))).eval()
+    weights = {name: torch.from_numpy(np.array(source.read(name))) for name in source.shapes}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected, (missing, unexpected)
+    model.tie_weights()
+    return model
+
+
+def _given(fields: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+@torch.no_grad()
+def generate(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int) -> list[int]:
+    """Greedy text of exactly `new_tokens` tokens; EOS is a token like all others."""
+    out = model.generate(torch.tensor([ids]), **_greedy(new_tokens))
+    return out[0, len(ids) :].tolist()
+
+
+@torch.no_grad()
+def generate_with_gaps(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
+    """`generate`, and how far the best logit of each step was above the second best."""
+    out = model.generate(torch.tensor([ids]), **_greedy(new_tokens), output_logits=True, return_dict_in_generate=True)
+    best_two = torch.cat(out.logits).topk(2).values
+    return out.sequences[0, len(ids) :].tolist(), (best_two[:, 0] - best_two[:, 1]).tolist()
+
+
+def _greedy(new_tokens: int) -> dict[str, Any]:
+    return {"do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens, "eos_token_id": None}

@@ -1,0 +1,219 @@
+"""The law of the output, by exact enumeration on a tiny model through the real jitted decoder; and planted bugs that must break it.
+
+Each cell is a chi-square test of whole texts against their exact probabilities. With fixed seeds a correct decoder passes always.
+"""
+
+import itertools
+import types
+from collections import Counter
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+import tiny
+from scipy import stats
+
+from eesd_jax.config import DraftConfig
+from eesd_jax.decode import controllers, loop, sampling, speculative, verify
+from eesd_jax.decode.sampling import Sampling
+from eesd_jax.model import exit_branch, llama
+
+VOCABULARY, BUDGET, EOS, ROWS = 5, 4, 4, 2000
+PROMPTS = ([1, 2, 3], [0, 3])  # rows of different lengths, side by side
+SETTINGS = [
+    (temperature, *filters) for temperature in (0.5, 1.0) for filters in [(0, 1.0, 0.0), (3, 1.0, 0.0), (0, 0.8, 0.0), (0, 1.0, 0.3)]
+]
+DRAFT = DraftConfig(exit_layer=1, max_draft=3, verify_widths=(2,))
+BETA = {"prior_alpha": 3.0, "prior_beta": 1.0, "discount": 0.9, "idle_discount": 0.95}
+CALIBRATION = controllers.Calibration(1.5, 0.2)
+CONTROLLERS = {
+    "fixed:1": controllers.Fixed(1),
+    "fixed:3": controllers.Fixed(3),
+    "threshold": controllers.Threshold(0.4),
+    "beta": controllers.Beta(**BETA),
+    "calibrated": controllers.Calibrated(**BETA, calibration=CALIBRATION, kappa=4.0, capacity=20.0),
+    "cost_aware": controllers.CostAware(**BETA, calibration=CALIBRATION, cost=(1.0, 1.3, 1.5, 1.7)),
+}
+CONFIG = tiny.config(vocab_size=VOCABULARY, num_hidden_layers=3, hidden_size=16, intermediate_size=32)
+# Bonferroni over controllers x draft vocabularies x prompts x settings, at one false alarm in a thousand suites.
+BOUND = 1e-3 / (len(CONTROLLERS) * 2 * len(PROMPTS) * len(SETTINGS))
+
+
+@pytest.fixture(scope="module")
+def params() -> llama.Params:
+    values = tiny.params(CONFIG, seed=3)
+    return values | {"lm_head": values["lm_head"] * 2.0}  # further from uniform
+
+
+def branch_of(params: llama.Params, draft_ids: list[int]) -> exit_branch.ExitBranch:
+    return exit_branch.init_exit_branch(CONFIG, params, DRAFT.exit_layer, "next", jnp.array(draft_ids))
+
+
+@pytest.fixture(scope="module")
+def exact(params: llama.Params) -> dict[tuple[int, int], dict[tuple[int, ...], float]]:
+    """The distribution of texts for each prompt and setting, by whole passes without a cache."""
+    prefixes = [list(itertools.product(range(VOCABULARY), repeat=length)) for length in range(BUDGET)]
+
+    @jax.jit
+    def last_logits(tokens: jax.Array) -> jax.Array:
+        start = jnp.zeros(tokens.shape[0], jnp.int32)
+        x, _ = llama.forward_blocks(CONFIG, params["blocks"], llama.embed(params, tokens), start, None, range(CONFIG.num_layers))
+        return llama.logits(CONFIG, params, x)[:, -1]
+
+    laws = {}
+    for p, prompt in enumerate(PROMPTS):
+        rows = [np.asarray(last_logits(jnp.array([[*prompt, *text] for text in texts]))) for texts in prefixes]
+        table = {text: row for texts, logits in zip(prefixes, rows, strict=True) for text, row in zip(texts, logits, strict=True)}
+        for s, setting in enumerate(SETTINGS):
+            laws[p, s] = reference.enumerate_texts(table.__getitem__, VOCABULARY, BUDGET, [EOS], setting)
+    return laws
+
+
+def draw_texts(
+    params: llama.Params, branch: exit_branch.ExitBranch, controller: controllers.Controller, eos: tuple[int, ...] = (EOS,), seed: int = 0
+) -> dict[tuple[int, int], Counter]:
+    """Texts drawn by the decoder: all prompts and settings are rows of one batch."""
+    cells = [(p, s) for p in range(len(PROMPTS)) for s in range(len(SETTINGS))] * ROWS
+    width = max(map(len, PROMPTS))
+    prompts = jnp.array([PROMPTS[p] + [0] * (width - len(PROMPTS[p])) for p, _ in cells], jnp.int32)
+    length = jnp.array([len(PROMPTS[p]) for p, _ in cells], jnp.int32)
+    settings = Sampling(*(jnp.array([SETTINGS[s][i] for _, s in cells], dtype) for i, dtype in enumerate((float, int, float, float))))
+
+    @jax.jit
+    def run(keys: jax.Array) -> loop.DecodeState:
+        state, exit_cache = loop.prefill(
+            CONFIG, params, branch, prompts, length, length + BUDGET, keys, exit_layer=DRAFT.exit_layer, capacity=12, chunk=8
+        )
+        state = speculative.start_drafting(state, exit_cache, controller)
+
+        def step(state: loop.DecodeState) -> loop.DecodeState:
+            return speculative.round_step(CONFIG, DRAFT, controller, jnp.array(eos, jnp.int32), params, branch, settings, state)
+
+        return loop.decode(step, state, jnp.int32(100))
+
+    state = run(jax.random.split(jax.random.key(seed), len(cells)))
+    tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
+    counts = {cell: Counter() for cell in cells[: len(PROMPTS) * len(SETTINGS)]}
+    for i, cell in enumerate(cells):
+        counts[cell][tuple(tokens[i, len(PROMPTS[cell[0]]) : ends[i]].tolist())] += 1
+    return counts
+
+
+def p_value(counts: Counter, law: dict[tuple[int, ...], float]) -> float:
+    """Of a chi-square test; texts that are expected less than five times are taken together. A text that cannot be is certain evidence."""
+    if set(counts) - set(law):
+        return 0.0
+    total = counts.total()
+    common = [text for text, probability in law.items() if probability * total >= 5]
+    expected = np.array([law[text] * total for text in common])
+    observed = np.array([counts[text] for text in common])
+    rest = total - expected.sum()
+    if rest > 1e-6 * total:
+        expected, observed = np.append(expected, rest), np.append(observed, total - observed.sum())
+    return float(stats.chi2.sf(np.sum((observed - expected) ** 2 / expected), max(len(expected) - 1, 1)))
+
+
+def smallest_p_value(counts: dict[tuple[int, int], Counter], exact: dict[tuple[int, int], dict[tuple[int, ...], float]]) -> float:
+    return min(p_value(counts[cell], exact[cell]) for cell in exact)
+
+
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_texts_follow_the_law_of_the_target(params: llama.Params, exact: dict, name: str):
+    assert smallest_p_value(draw_texts(params, branch_of(params, [0, 2, 4]), CONTROLLERS[name]), exact) > BOUND
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONTROLLERS)
+def test_texts_follow_the_law_when_the_whole_vocabulary_is_drafted(params: llama.Params, exact: dict, name: str):
+    assert smallest_p_value(draw_texts(params, branch_of(params, list(range(VOCABULARY))), CONTROLLERS[name]), exact) > BOUND
+
+
+# Planted bugs: each changes the law, and each must be seen.
+
+
+def wrong_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = verify.accept
+    monkeypatch.setattr(
+        verify, "accept", lambda keys, drafts, *rest: accept(keys, drafts._replace(probs=jnp.roll(drafts.probs, 1, axis=2)), *rest)
+    )
+
+
+def argmax_drafted_softmax_as_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    def draw(keys: jax.Array, logits: jax.Array, settings: Sampling) -> sampling.Draw:
+        return sampling.Draw(jnp.argmax(logits, axis=1).astype(jnp.int32), sampling.warp(logits, settings))
+
+    monkeypatch.setattr(speculative, "sample", draw)
+
+
+def target_unwarped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "warp", lambda logits, settings: jax.nn.softmax(logits))
+
+
+def residual_of_p(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_residual", lambda p, q: p)
+
+
+def bonus_from_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = verify.accept_sampled
+
+    def patched(keys: jax.Array, drafts: verify.Drafts, draft_ids: jax.Array, *rest: jax.Array) -> verify.Verdict:
+        verdict = accept(keys, drafts, draft_ids, *rest)
+        last = jnp.maximum(drafts.count - 1, 0)
+        q = jnp.take_along_axis(drafts.probs, last[:, None, None], axis=1)[:, 0]
+        bonus = draft_ids[jax.vmap(jax.random.categorical)(keys, jnp.log(q))]
+        return verdict._replace(token=jnp.where((verdict.accepted == drafts.count) & (drafts.count > 0), bonus, verdict.token))
+
+    monkeypatch.setattr(verify, "accept_sampled", patched)
+
+
+def position_off_by_one_after_the_first_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(config, blocks, x, start, *rest):
+        return llama.forward_blocks(config, blocks, x, jnp.where(start >= max(map(len, PROMPTS)), start + 1, start), *rest)
+
+    monkeypatch.setattr(speculative, "llama", types.SimpleNamespace(**vars(llama) | {"forward_blocks": forward}))
+
+
+def accepted_where_p_is_at_least_half_of_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = types.SimpleNamespace(**vars(jax.random) | {"uniform": lambda key, shape: jnp.full(shape, 0.5)})
+    monkeypatch.setattr(verify, "jax", types.SimpleNamespace(**vars(jax) | {"random": random}))
+
+
+def one_more_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    leading = verify._leading
+    monkeypatch.setattr(verify, "_leading", lambda accept: jnp.minimum(leading(accept) + 1, jnp.sum(accept | True, axis=1)))
+
+
+def draft_ids_forgotten_in_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = verify.accept
+    monkeypatch.setattr(verify, "accept", lambda keys, drafts, ids, *rest: accept(keys, drafts, jnp.arange(ids.size), *rest))
+
+
+def eos_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    round_step = speculative.round_step
+    monkeypatch.setattr(
+        speculative, "round_step", lambda config, draft, controller, eos, *rest: round_step(config, draft, controller, eos[:0], *rest)
+    )
+
+
+LAW_BUGS = [
+    wrong_q,
+    argmax_drafted_softmax_as_q,
+    target_unwarped,
+    residual_of_p,
+    bonus_from_q,
+    position_off_by_one_after_the_first_round,
+    accepted_where_p_is_at_least_half_of_q,
+    one_more_accepted,
+    draft_ids_forgotten_in_the_residual,
+    eos_not_cut,
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", LAW_BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_breaks_the_law(params: llama.Params, exact: dict, monkeypatch: pytest.MonkeyPatch, bug):
+    bug(monkeypatch)
+    counts = draw_texts(params, branch_of(params, [0, 2, 4]), controllers.Fixed(3))
+    assert smallest_p_value(counts, exact) < BOUND / 1000
