@@ -211,12 +211,13 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
     """What a round and a plain step cost; the plain step is timed in turns with a round that drafts nothing, and relative to it."""
     rounds = cost_table.round_costs(engine, batch)
     endless = type(engine)(engine.model._replace(eos_ids=()), engine.decode_config, engine.drafter)
-    prompts = [[i % engine.model.config.vocab_size for i in range(1, 33)]] * batch
+    prompts = [[i % engine.model.config.vocab_size for i in range(1, cost_table.PROMPT_TOKENS + 1)]] * batch
+    budget = max(engine.decode_config.max_new_tokens, cost_table.ROUNDS + 1)
     ratios = []
     for _ in range(cost_table.REPEATS + 1):
         times = []
         for controller in (None, Forced()):  # which drafts nothing unless told to
-            state = jax.block_until_ready(endless.prefill(prompts, [0] * batch, batch, 96, controller))
+            state = jax.block_until_ready(endless.prefill(prompts, [0] * batch, batch, budget, controller))
             start = time.perf_counter()
             jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, cost_table.ROUNDS))
             times.append(time.perf_counter() - start)

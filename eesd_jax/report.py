@@ -42,7 +42,7 @@ def result_rows(
     """One row for each controller and category, and one for all categories together: total tokens over total seconds."""
     names = list(dict.fromkeys(run.controller for run in runs))
     names.sort(key=lambda name: name != PLAIN)
-    categories = [*dict.fromkeys(run.category for run in sorted(runs, key=lambda run: run.batch)), ALL]
+    categories = [*dict.fromkeys(run.category for run in sorted(runs, key=lambda run: run.batch) if run.category != ALL), ALL]
     rows = []
     for category in categories:
         chosen = [run for run in runs if category in (run.category, ALL)]
@@ -82,7 +82,7 @@ def _statistics(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _comparison(runs: Sequence[Run], found: Sequence[Divergence], *, greedy: bool) -> dict[str, Any]:
-    """What `identical_to_plain` means: each and every answer, an excused divergence is one. None where the draw is random."""
+    """`identical_to_plain` is strict: an excused divergence is a divergence. None where the draw is random."""
     if not greedy:
         return {"identical_to_plain": None, "identical": None, "excused": None, "different": None, "divergence_gaps": None}
     answers, excused = sum(len(run.answers) for run in runs), sum(divergence.excused for divergence in found)

@@ -20,6 +20,7 @@ from rich.progress import Progress
 
 from eesd_jax import cli, control
 from eesd_jax.config import DEFAULT_CONTROLLER
+from eesd_jax.conversations import check_prompts, encode
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.prompts import Conversation, is_text, read_prompts
@@ -107,6 +108,10 @@ def print_piece(piece: str) -> None:
     print(piece, end="", flush=True)
 
 
+def ignore(piece: str) -> None:
+    """Takes a piece that is not to be shown."""
+
+
 def consume(pieces: Iterator[str], take: Callable[[str], None]) -> Generation:
     """Gives `take` the pieces as they come, and returns what the stream returns at its end."""
     while True:
@@ -125,15 +130,16 @@ def speculation_of(rounds: Rounds) -> str:
 
 
 def compare(engine: "Engine", prompt: str) -> Generation:
-    """Answers by plain decoding and by speculation, both streamed and compiled beforehand; shows one answer, and how they compare."""
-    controller = cli.build_controller(engine, FLAGS.controller or DEFAULT_CONTROLLER, batch=1)
-    with cli.notice("compiling ..."):
-        for each in (None, controller):
-            next(engine.stream(prompt, controller=each, **options()), None)
-    with cli.notice("decoding plainly ..."):
-        plain = consume(engine.stream(prompt, controller=None, **options()), lambda piece: None)
-    eesd = consume(engine.stream(prompt, controller=controller, **options()), print_piece if streams() else lambda piece: None)
-    print("" if streams() else eesd.text)
+    """Answers by plain decoding, which is shown, then by speculation, and says how they compare; both are streamed, and compiled before."""
+
+    def answer(controller: "Controller | None", show: Callable[[str], None]) -> Generation:
+        with cli.notice("compiling ..."):
+            next(engine.stream(prompt, controller=controller, **options()), None)
+        return consume(engine.stream(prompt, controller=controller, **options()), show)
+
+    plain = answer(None, print_piece if streams() else ignore)
+    print("" if streams() else plain.text, flush=True)  # before anything that speculation needs is compiled or timed
+    eesd = answer(cli.build_controller(engine, FLAGS.controller or DEFAULT_CONTROLLER, batch=1), ignore)
     different = "no (sampled: the same distribution, another draw)" if FLAGS.temperature > 0 else "no"
     print()
     print(f"plain: {plain.tokens_per_second:.1f} tokens/s")
@@ -191,7 +197,7 @@ def next_message() -> str | None:
 def answer_file(engine: "Engine", conversations: list[Conversation], write: Write) -> None:
     """Answers every turn of every conversation, a batch of conversations at a time; lines are written in the order of the file."""
     use_chat = engine.has_chat_template if FLAGS.chat is None else FLAGS.chat
-    check_prompts(engine, conversations, use_chat)
+    check_prompts(engine, conversations, use_chat, FLAGS.prompts)
     turns = sum(len(conversation.turns) for conversation in conversations)
     batch_size = min(FLAGS.batch_size, len(conversations))
     controller = cli.controller_from_flags(engine, batch_size)
@@ -246,22 +252,6 @@ def answer_batch(
         for index, generation in zip(rows, generations, strict=True):
             histories[index].append({"role": "assistant", "content": generation.text})
             yield index, turn, generation
-
-
-def check_prompts(engine: "Engine", conversations: list[Conversation], use_chat: bool) -> None:
-    """Finds the records that cannot be answered before any is: a first turn that is too long, or a later one that is so even alone."""
-    for conversation in conversations:
-        first, *later = ({"role": "user", "content": turn} for turn in conversation.turns)
-        for turn, messages in enumerate([[*conversation.history, first], *([message] for message in later)], start=1):
-            try:
-                encode(engine, messages, use_chat)
-            except UserError as error:
-                raise UserError(f"{where(conversation)}, turn {turn}: {error}") from None
-
-
-def encode(engine: "Engine", messages: list[dict[str, str]], use_chat: bool) -> list[int]:
-    """Token ids of a conversation; without a chat template its texts, one after the other."""
-    return engine.encode(messages if use_chat else "\n".join(message["content"] for message in messages), chat=use_chat)
 
 
 def where(conversation: Conversation) -> str:

@@ -57,7 +57,7 @@ def command():
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     yield module
-    for flag in flags.FLAGS.flags_by_module_id_dict()[id(module)]:
+    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
         delattr(flags.FLAGS, flag.name)
     del sys.modules[spec.name]
 

@@ -69,7 +69,7 @@ def command(tmp_path_factory):
         cache_dir = jax.config.jax_compilation_cache_dir
         yield module
         jax.config.update("jax_compilation_cache_dir", cache_dir)
-    for flag in flags.FLAGS.flags_by_module_id_dict()[id(module)]:
+    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
         delattr(flags.FLAGS, flag.name)
     del sys.modules[spec.name]
 

@@ -230,11 +230,12 @@ class CostPlan(NamedTuple):
 class CostAware(Beta):
     """Drafts the length that gives the most expected tokens per unit of measured time (ours).
 
-    Before each draft it finds the length that maximises E[tokens(length)] / cost[length], and drafts on if that is more than it has. For
-    drafts to come the acceptance is theta, drawn once a round as in `Beta`: the draw is what explores. For drafts sampled already it is
-    what their confidence says, corrected by what the row's text has shown: the log odds are shifted by the difference between the
-    acceptance found and the acceptance that the confidence had predicted for the same drafts. So the confidence is trusted to tell drafts
-    from each other, and the counts to know their level. A batch pays for its longest row, so one length is chosen for all running rows.
+    Before each draft it finds the length that maximises E[tokens(length)] / cost[length], and drafts on if that is more than it has. A
+    batch pays for its longest row and is done with its slowest one, so one length is chosen for all running rows: that of the least time
+    per token, averaged over them. For drafts to come the acceptance is theta, drawn once a round as in `Beta`: the draw is what explores.
+    For drafts sampled already it is what their confidence says, corrected by what the row's text has shown: the log odds are shifted by
+    the difference between the acceptance found and the acceptance that the confidence had predicted for the same drafts. So the confidence
+    is trusted to tell drafts from each other, and the counts to know their level.
 
     Attributes:
       calibration: from the branch's confidence to a probability of acceptance.
@@ -265,8 +266,8 @@ class CostAware(Beta):
         ahead_L = jnp.arange(len(self.cost)) - k
         powers_BxL = jnp.where(ahead_L > 0, plan.theta[:, None] ** jnp.maximum(ahead_L, 1), 0.0)
         tokens_BxL = expected[:, None] + survival[:, None] * jnp.cumsum(powers_BxL, axis=1)
-        rate_L = jnp.sum(tokens_BxL * plan.running[:, None], axis=0) / jnp.array(self.cost, jnp.float32)
-        best = jnp.argmax(jnp.where(ahead_L >= 0, rate_L, -jnp.inf))
+        time_L = jnp.array(self.cost, jnp.float32) * jnp.sum(plan.running[:, None] / tokens_BxL, axis=0)
+        best = jnp.argmin(jnp.where(ahead_L >= 0, time_L, jnp.inf))
         plan = plan._replace(confidence=confidence_BxK, survival=survival, expected=expected)
         return jnp.broadcast_to(best > k, confidence_B.shape), plan
 

@@ -1,0 +1,217 @@
+"""Controllers by name, and the measured cost of a round, which is kept on disk."""
+
+import json
+import types
+
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from eesd_jax import DecodeConfig, Engine, UserError, control, cost_table
+from eesd_jax.config import ControllerConfig, DraftConfig
+from eesd_jax.control import ControllerSpec, build_controller, parse_controller
+from eesd_jax.decode.controllers import Beta, Calibrated, Calibration, CostAware, Fixed, Threshold
+from eesd_jax.engine import Drafter
+from eesd_jax.model.exit_branch import init_exit_branch
+
+# --- Names ---
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "value"),
+    [
+        ("plain", "plain", None),
+        ("fixed:0", "fixed", 0),
+        ("fixed:8", "fixed", 8),
+        ("threshold:0", "threshold", 0.0),
+        ("threshold:0.35", "threshold", 0.35),
+        ("threshold:.5", "threshold", 0.5),
+        ("threshold:1", "threshold", 1.0),
+        ("beta", "beta", None),
+        ("beta:plain", "beta", "plain"),
+        ("calibrated", "calibrated", None),
+        ("cost_aware", "cost_aware", None),
+    ],
+)
+def test_names(name: str, kind: str, value: object):
+    assert parse_controller(name, max_draft=8) == ControllerSpec(kind, value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "Beta", "beta ", "beta:", "beta:censored", "plain:", "plain:1", "calibrated:2", "cost_aware:cpu", "cost-aware", "thompson"),
+        *("fixed", "fixed:", "fixed:-1", "fixed:2.5", "fixed:two", "fixed:3:4", "fixed: 3"),
+        *("threshold", "threshold:", "threshold:-0.1", "threshold:nan", "threshold:inf", "threshold:1e-1", "threshold:half"),
+    ],
+)
+def test_an_unknown_name_is_refused_with_all_known_ones(name: str):
+    with pytest.raises(UserError) as error:
+        parse_controller(name, max_draft=8)
+    assert repr(name) in str(error.value)
+    assert control.CONTROLLERS in str(error.value)
+
+
+def test_values_out_of_range_are_refused_with_the_range():
+    with pytest.raises(UserError, match=r"'fixed:9'.*max_draft, which is 8"):
+        parse_controller("fixed:9", max_draft=8)
+    with pytest.raises(UserError, match=r"'threshold:1.5'.*from 0 to 1"):
+        parse_controller("threshold:1.5", max_draft=8)
+
+
+def test_controllers_are_built_with_their_settings():
+    settings = ControllerConfig(prior_alpha=3.0, prior_beta=2.0, discount=0.8, idle_discount=0.7, kappa=5.0, capacity=11.0)
+    calibration, cost = Calibration(1.5, -0.5), (1.0, 1.2, 1.5)
+    prior = {"prior_alpha": 3.0, "prior_beta": 2.0, "discount": 0.8, "idle_discount": 0.7}
+    expected = {
+        "plain": None,
+        "fixed:2": Fixed(2),
+        "threshold:0.4": Threshold(0.4),
+        "beta": Beta(**prior),
+        "beta:plain": Beta(**prior, censored=False),
+        "calibrated": Calibrated(**prior, calibration=calibration, kappa=5.0, capacity=11.0),
+        "cost_aware": CostAware(**prior, calibration=calibration, cost=cost),
+    }
+    for name, controller in expected.items():
+        assert build_controller(parse_controller(name, max_draft=2), settings, calibration, cost) == controller
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    [
+        ("prior_alpha", (0.0, -1.0, float("nan"), float("inf"))),
+        ("prior_beta", (0.0, -1.0, float("nan"), float("inf"))),
+        ("capacity", (0.0, -1.0, float("nan"), float("inf"))),
+        ("discount", (-0.1, 1.1, float("nan"))),
+        ("idle_discount", (-0.1, 1.1, float("nan"))),
+        ("kappa", (-1.0, float("nan"), float("inf"))),
+    ],
+)
+def test_settings_that_make_no_posterior_are_refused(field: str, values: tuple[float, ...]):
+    for value in values:
+        with pytest.raises(UserError, match=f"^{field} is {value}; expected"):
+            ControllerConfig(**{field: value})
+
+
+# --- Costs ---
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Where cost files lie; it does not exist yet."""
+    monkeypatch.setenv("EESD_JAX_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "costs"
+
+
+def fake_engine(dtype=jnp.float32, draft=DraftConfig(1, 2, ()), options=DecodeConfig(), head=(320, 32), **model) -> types.SimpleNamespace:
+    """As much of an engine as a cost file's name needs."""
+    config = tiny.config(**{"max_position_embeddings": 4096, **model})
+    params = {"embed": jnp.zeros((4, 4), dtype)}
+    branch = types.SimpleNamespace(head=jnp.zeros(head, dtype))
+    return types.SimpleNamespace(
+        model=types.SimpleNamespace(config=config, params=params),
+        decode_config=options,
+        drafter=types.SimpleNamespace(draft=draft, branch=branch),
+    )
+
+
+@pytest.fixture
+def measurements(monkeypatch) -> list[int]:
+    """The batches that were measured; each measurement gives other numbers."""
+    batches = []
+
+    def measure(engine, batch):
+        batches.append(batch)
+        return tuple(len(batches) + draft / 7 for draft in range(engine.drafter.draft.max_draft + 1))
+
+    monkeypatch.setattr(cost_table, "measure", measure)
+    return batches
+
+
+def test_costs_are_measured_once_and_kept_to_the_last_digit(folder, measurements):
+    first = cost_table.round_costs(fake_engine(), 1)
+    assert first == (1.0, 1 + 1 / 7, 1 + 2 / 7)
+    assert cost_table.round_costs(fake_engine(), 1) == first
+    assert measurements == [1]
+    (file,) = folder.iterdir()
+    assert json.loads(file.read_text())["seconds"] == list(first)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b'{"seconds": [1.0, 2.0', b"\xff\xfe\x00", b"null", b"[1, 2, 3]", b"{}", b'{"seconds": null}', b'{"seconds": 3}'),
+        *(b'{"seconds": [1.0, 2.0]}', b'{"seconds": [1.0, 2.0, 3.0, 4.0]}', b'{"seconds": []}', b'{"seconds": "123"}', b'{"seconds": {}}'),
+        *(b'{"seconds": [1.0, 0.0, 3.0]}', b'{"seconds": [1.0, -2.0, 3.0]}', b'{"seconds": [1.0, NaN, 3.0]}'),
+        *(b'{"seconds": [1.0, Infinity, 3.0]}', b'{"seconds": [1.0, [2.0], 3.0]}', b'{"seconds": [1.0, null, 3.0]}'),
+        *(b'{"seconds": [1.0, "2.0", 3.0]}', b'{"seconds": [1.0, 1' + b"0" * 400 + b", 3.0]}"),
+    ],
+)
+def test_a_file_that_holds_no_costs_is_measured_again_and_replaced(folder, measurements, content: bytes):
+    cost_table.round_costs(fake_engine(), 1)
+    (file,) = folder.iterdir()
+    file.write_bytes(content)
+    again = cost_table.round_costs(fake_engine(), 1)
+    assert measurements == [1, 1]
+    assert cost_table.round_costs(fake_engine(), 1) == again
+    assert measurements == [1, 1]
+    assert list(folder.iterdir()) == [file]
+
+
+def test_a_write_that_breaks_off_leaves_nothing(folder, measurements, monkeypatch):
+    def half(path, content, **_):
+        path.write_bytes(content[: len(content) // 2].encode())
+        raise OSError("no space left")
+
+    monkeypatch.setattr("pathlib.Path.write_text", half)
+    with pytest.warns(UserWarning, match="no space left"):
+        assert cost_table.round_costs(fake_engine(), 1) == (1.0, 1 + 1 / 7, 1 + 2 / 7)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_warned_of(folder, measurements):
+    folder.parent.parent.mkdir(exist_ok=True)
+    folder.parent.write_text("a file where the cache folder should be")
+    with pytest.warns(UserWarning, match="measured at every start"):
+        cost_table.round_costs(fake_engine(), 1)
+    assert measurements == [1]
+
+
+def test_whatever_changes_the_cost_is_measured_on_its_own(folder, measurements):
+    others = [
+        (fake_engine(), 2),
+        (fake_engine(dtype=jnp.bfloat16), 1),
+        (fake_engine(num_hidden_layers=4), 1),
+        (fake_engine(head=(100, 32)), 1),
+        (fake_engine(draft=DraftConfig(2, 2, ())), 1),
+        (fake_engine(draft=DraftConfig(1, 3, ())), 1),
+        (fake_engine(draft=DraftConfig(1, 2, (2,))), 1),
+        (fake_engine(options=DecodeConfig(max_new_tokens=2000)), 1),  # a longer cache
+    ]
+    for engine, batch in [(fake_engine(), 1), *others]:
+        cost_table.round_costs(engine, batch)
+    assert len(measurements) == 1 + len(others)
+    assert len(list(folder.iterdir())) == 1 + len(others)
+    # A budget that ends in the same bucket is the same cost.
+    cost_table.round_costs(fake_engine(options=DecodeConfig(max_new_tokens=DecodeConfig.max_new_tokens - 1)), 1)
+    assert len(measurements) == 1 + len(others)
+
+
+def test_a_real_engine_is_timed_and_its_controller_drafts_by_what_was_found(folder):
+    model = tiny.loaded_model()
+    branch = init_exit_branch(model.config, model.params, 1, "zero")
+    options = DecodeConfig(max_new_tokens=6, prompt_buckets=(32,), min_capacity=64)
+    engine = Engine(model, options, Drafter(branch, DraftConfig(1, 2, ()), Calibration(1.1, 0.1), trained=False))
+    controller = engine.controller("cost_aware", batch=2)
+    assert len(controller.cost) == 3
+    assert all(cost > 0 for cost in controller.cost)
+    assert controller.calibration == Calibration(1.1, 0.1)
+    (file,) = folder.iterdir()
+    written = {"seconds": [1.0, 100.0, 200.0]}
+    file.write_text(json.dumps(written))
+    plain, dear = (
+        engine.generate_ids([[5, 6, 7], [8]], seeds=[0, 1], controller=chosen)
+        for chosen in (None, engine.controller("cost_aware", batch=2))
+    )
+    assert [text.token_ids for text in dear] == [text.token_ids for text in plain]
+    assert sum(text.drafted for text in dear) == 0
