@@ -25,7 +25,7 @@ from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
-from eesd_jax.model import llama
+from eesd_jax.model import cpu_rows, llama
 from eesd_jax.model.exit_branch import ExitBranch, init_exit_branch
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import branch_folder, hub
@@ -320,18 +320,19 @@ class Engine:
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        state, exit_cache = _prefill(
-            config,
-            self.model.params,
-            drafter.branch if drafter else None,
-            tokens,
-            lengths,
-            limits,
-            jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, jnp.uint32)),
-            exit_layer=drafter.draft.exit_layer if drafter else config.num_layers,
-            capacity=capacity,
-            chunk=options.prompt_buckets[-1],
-        )
+        with cpu_rows.on_mesh(self._on_mesh):
+            state, exit_cache = _prefill(
+                config,
+                self.model.params,
+                drafter.branch if drafter else None,
+                tokens,
+                lengths,
+                limits,
+                jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, jnp.uint32)),
+                exit_layer=drafter.draft.exit_layer if drafter else config.num_layers,
+                capacity=capacity,
+                chunk=options.prompt_buckets[-1],
+            )
         return state if controller is None else _start_drafting(state, exit_cache, controller)
 
     def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
@@ -339,10 +340,15 @@ class Engine:
         model = self.model
         settings = _sampling_arrays(sampling, state.length.shape[0])
         eos_ids, steps = jnp.array(model.eos_ids, jnp.int32), jnp.int32(max_steps)
-        if controller is None:
-            return _decode_plain(model.config, eos_ids, model.params, settings, state, steps)
-        branch, draft = self.drafter.branch, self.drafter.draft
-        return _decode_speculative(model.config, draft, controller, eos_ids, model.params, branch, settings, state, steps)
+        with cpu_rows.on_mesh(self._on_mesh):
+            if controller is None:
+                return _decode_plain(model.config, eos_ids, model.params, settings, state, steps)
+            branch, draft = self.drafter.branch, self.drafter.draft
+            return _decode_speculative(model.config, draft, controller, eos_ids, model.params, branch, settings, state, steps)
+
+    @property
+    def _on_mesh(self) -> bool:
+        return len(self.model.params["embed"].devices()) > 1
 
 
 def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) -> tuple[int, int]:

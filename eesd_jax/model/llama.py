@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from eesd_jax.config import ModelConfig
-from eesd_jax.model import rope
+from eesd_jax.model import cpu_rows, rope
 from eesd_jax.model.cache import KVCache
 
 Params = dict[str, Any]
@@ -38,6 +38,8 @@ def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array
 def linear(x: jax.Array, weight_OxI: jax.Array, **kwargs: Any) -> jax.Array:
     """X [B, T, I] times a weight stored as [out, in]: [B, T, O]."""
     rows = x.reshape(-1, x.shape[-1])
+    if cpu_rows.usable(rows.shape[0], weight_OxI):
+        return cpu_rows.rows_by_matrix(rows, weight_OxI).reshape(*x.shape[:-1], -1)
     if rows.shape[0] == 1 and jax.default_backend() == "cpu" and weight_OxI.shape[0] % _CPU_SPLITS == 0:
         # XLA multiplies one row by a matrix on a single core. As a batch of products it uses them all, and reads memory at full speed.
         split_CxOxI = weight_OxI.reshape(_CPU_SPLITS, -1, weight_OxI.shape[1])
@@ -223,14 +225,17 @@ def forward_blocks(
     return x, KVCache(tuple(keys), tuple(values))
 
 
-def scan_blocks(config: ModelConfig, stacked: Params, x_BxTxD: jax.Array, positions_BxT: jax.Array, mask_BxTxT: jax.Array) -> jax.Array:
+def scan_blocks(
+    config: ModelConfig, stacked: Params, x_BxTxD: jax.Array, positions_BxT: jax.Array, mask_BxTxT: jax.Array, *, first: int = 0
+) -> jax.Array:
     """Runs blocks over whole sequences with `lax.scan`, without a cache: the way of training (one compiled block, whatever the depth).
 
     Args:
-      stacked: block params with a leading layers axis; the blocks run are the first ones of the model.
+      stacked: block params with a leading layers axis, of blocks that follow each other.
       x_BxTxD: the residual stream before the first block.
       positions_BxT: int32 [B, T], position of each token within its own text (packed rows restart at 0).
       mask_BxTxT: bool [B, T, T] or [T, T], which tokens see which.
+      first: which block of the model the first of `stacked` is.
 
     Returns:
       The residual stream after the last block, [B, T, D].
@@ -238,9 +243,10 @@ def scan_blocks(config: ModelConfig, stacked: Params, x_BxTxD: jax.Array, positi
     rot = rope.rotation(config.rope, config.head_dim, positions_BxT)
     start_B = jnp.zeros(x_BxTxD.shape[0], jnp.int32)
     num_layers = jax.tree.leaves(stacked)[0].shape[0]
-    windowed = any(window is not None for window in config.windows[:num_layers])
+    windows = config.windows[first : first + num_layers]
+    windowed = any(window is not None for window in windows)
     # No sequence is longer than the context, so a window of that length hides nothing.
-    windows_L = jnp.array([window or config.context_length for window in config.windows[:num_layers]])
+    windows_L = jnp.array([window or config.context_length for window in windows])
     block = Block(config)
 
     def step(x: jax.Array, layer: tuple[Params, jax.Array]) -> tuple[jax.Array, None]:
