@@ -70,6 +70,40 @@ def define_generation_flags() -> None:
     flags.DEFINE_multi_string("stop", [], "Text that ends an answer, taken as it is; may be repeated.")
 
 
+def define_distributed_flags() -> None:
+    """Flags of runs of several processes that no cluster manager started."""
+    flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several processes run without a cluster manager.")
+    flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+
+
+def start_distributed() -> None:
+    """Joins the other processes: by the flags, or as the cluster tells (TPU pods, SLURM, Open MPI). Alone, it does nothing.
+
+    Raises:
+      UserError: flags that are incomplete or contradict each other, or processes that cannot be reached.
+    """
+    import jax
+
+    given = {name: FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")}
+    present = [name for name, value in given.items() if value is not None]
+    if present:
+        if missing := [f"--{name}" for name in given if name not in present]:
+            raise UserError(f"--{present[0]} is given without {' and '.join(missing)}; expected all three of them")
+        if not 0 <= FLAGS.process_id < FLAGS.num_processes:
+            raise UserError(f"--process_id is {FLAGS.process_id}; expected 0 to {FLAGS.num_processes - 1} (--num_processes less one)")
+        try:
+            jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"cannot join the processes at {FLAGS.coordinator_address!r} ({str(error).splitlines()[0]})") from None
+        return
+    environment = os.environ
+    workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    tasks = max(int(environment.get(name) or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"))
+    if len(workers) > 1 or tasks > 1:
+        jax.distributed.initialize()
+
+
 def sampling_from_flags() -> SamplingConfig:
     """Raises UserError for values out of range."""
     return SamplingConfig(FLAGS.temperature, FLAGS.top_k, FLAGS.top_p, FLAGS.min_p)
@@ -201,12 +235,17 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
-            print(_help(command))
-            sys.exit(0)
+            _print_help(command)
         try:
+            if "config" in FLAGS:
+                from eesd_jax.experiment import check_config_arguments
+
+                check_config_arguments(argv[1:])
             rest = FLAGS(argv)
         except flags.Error as error:
             _fail(_flag_error(error))
+        except UserError as error:
+            _fail(str(error))
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; expected --flag=value")
         _quieten()
@@ -222,11 +261,24 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
             if sys.stderr.isatty():
                 print(file=sys.stderr)
             sys.exit(130)
-        except BrokenPipeError:  # who read our output has seen enough, as in `| head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(1)
+        except BrokenPipeError:
+            _close_pipe()
 
     app.run(guarded, flags_parser=parse)
+
+
+def _print_help(command: types.ModuleType) -> NoReturn:
+    try:
+        print(_help(command), flush=True)
+    except BrokenPipeError:
+        _close_pipe()
+    sys.exit(0)
+
+
+def _close_pipe() -> NoReturn:
+    """Ends quietly: who read our output has seen enough, as in `| head`."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(1)
 
 
 def _quieten() -> None:

@@ -295,3 +295,187 @@ class DecodeConfig:
     # Steps between two looks of the host: while streaming or watching for stop strings, and otherwise (so that Ctrl-C is noticed).
     stream_chunk: int = 8
     chunk: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each axis of the mesh (see `model/sharding.py`); -1: all that the other axes leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SelfGenerateConfig:
+    """How the model writes its own training text (`train/self_generate.py`).
+
+    prompts: a JSONL file, `tfds:NAME` (any dataset that tfds finds), or `self`: the model writes the user's turn, too.
+    num_responses: how many; 0 for one a prompt. Where there are fewer prompts, they are used again, with another seed.
+    temperatures: of the sampled responses, taken in turn. greedy_share: the part of the responses that is greedy instead.
+    batch_size: rows that are generated at once; a row that is finished is refilled. 0: 32 a device.
+    validation_share: the part of the prompts (all their responses) that is held out.
+    exit_branch, controller: to generate by EESD, once there is a branch.
+    """
+
+    prompts: str = "self"
+    num_responses: int = 0
+    max_prompt_tokens: int = 512
+    max_new_tokens: int = 256
+    temperatures: tuple[float, ...] = (0.7, 1.0)
+    greedy_share: float = 0.5
+    batch_size: int = 0
+    validation_share: float = 0.02
+    seed: int = 0
+    exit_branch: str = "none"
+    controller: str = "plain"
+
+
+@dataclasses.dataclass(frozen=True)
+class RefillConfig:
+    """Shapes and pacing of generation with refilled rows (`distill/refill.py`).
+
+    prompt_buckets: prompts are padded to one of these; longer ones to a multiple of the last. cache_buckets: how much room the caches have
+    for the prompt; requests of one such bucket run together. chunk: steps between two looks at which rows are finished.
+    prefill_rows: prompts that are run at once on a device; 1 on CPU, where wider passes gain nothing. rows: of a device, by default.
+    """
+
+    prompt_buckets: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512)
+    cache_buckets: tuple[int, ...] = (128, 256, 512)
+    chunk: int = 16
+    prefill_rows: int = 4
+    rows: int = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """What a training step reads (`distill/data.py`).
+
+    path: a folder written by self-generation, or a JSONL file of chats (`messages`); empty for OUTPUT_DIR/dataset.
+    sequence_length: tokens of a training row; longer examples are cut. pack: several examples to a row, told apart by segment ids.
+    validation_share: held out of a JSONL file of chats (a dataset has a split of its own).
+    max_examples: use only the first so many; 0 for all.
+    """
+
+    path: str = ""
+    sequence_length: int = 512
+    pack: bool = True
+    validation_share: float = 0.02
+    max_examples: int = 0
+
+
+LOSSES = ("soft", "reverse_kl", "total_variation", "hard", "regression")
+
+
+@dataclasses.dataclass(frozen=True)
+class LossConfig:
+    """What the branch learns by (`distill/loss.py`).
+
+    The fields named in `LOSSES` are the weights of those losses, 0 for without. chunk: positions whose logits exist at once.
+    """
+
+    soft: float = 1.0
+    reverse_kl: float = 0.0
+    total_variation: float = 0.0
+    hard: float = 0.0
+    regression: float = 0.0
+    chunk: int = 256
+
+    def __post_init__(self):
+        for name in LOSSES:
+            value = getattr(self, name)
+            if not 0 <= value < math.inf:
+                raise UserError(f"loss.{name} is {value}; expected a weight >= 0")
+        if not any(getattr(self, name) for name in LOSSES):
+            raise UserError(f"the weights of all losses are 0; expected a positive one among {', '.join(LOSSES)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay to `final_share` of the peak."""
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    final_share: float = 0.1
+    weight_decay: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    accumulate: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class BranchConfig:
+    """The exit branch that is trained.
+
+    draft_vocab: tokens that it can draft, the most frequent ones of the training responses; 0 for all. train_head: whether its LM head is
+    trained, or stays the target's. save_dtype: in which the result is written.
+    """
+
+    exit_layer: int = 0
+    start: str = "next"
+    draft_vocab: int = 0
+    train_head: bool = False
+    save_dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.save_dtype not in ("float32", "float16", "bfloat16"):
+            raise UserError(f"branch.save_dtype is {self.save_dtype!r}; expected float32, float16 or bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheConfig:
+    """Cached mode: one pass of the trunk over all rows is written to disk, and every epoch reads it (`distill/teacher.py`).
+
+    top_tokens: how many of the teacher's most probable tokens are kept at each position. dtype: of what is kept, float16 or float32.
+    path: the folder; empty for OUTPUT_DIR/cache.
+    """
+
+    enabled: bool = False
+    top_tokens: int = 16
+    dtype: str = "float16"
+    path: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is looked at every `every` steps: held-out loss, and rollouts of the real decoder on held-out prompts."""
+
+    every: int = 500
+    batches: int = 8
+    rollouts: int = 8
+    rollout_tokens: int = 64
+    rollout_draft: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    """every: steps between checkpoints. keep: how many stay."""
+
+    every: int = 500
+    keep: int = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ExperimentConfig:
+    """One experiment: a file in `configs/` (see `eesd_jax/experiment.py`).
+
+    model: as for --model. dtype: of the trunk; empty for float32 on CPU and bfloat16 elsewhere. The branch is trained in float32.
+    batch_size: rows of a step, over all devices and accumulated parts.
+    """
+
+    model: str = "demo"
+    output_dir: str = ""
+    seed: int = 0
+    dtype: str = ""
+    steps: int = 1000
+    batch_size: int = 8
+    mesh: MeshConfig = MeshConfig()
+    self_generate: SelfGenerateConfig = SelfGenerateConfig()
+    data: DataConfig = DataConfig()
+    branch: BranchConfig = BranchConfig()
+    loss: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    cache: CacheConfig = CacheConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()

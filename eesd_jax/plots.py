@@ -1,4 +1,4 @@
-"""Plots of a benchmark: where it was faster, what was accepted, and what the controllers did on one prompt."""
+"""Plots of a benchmark (where it was faster, what was accepted, what the controllers did on one prompt) and of a training run."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -42,6 +42,21 @@ def draw_all(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> dict[str, b
     if believers:
         figures["posterior_over_rounds"] = _posteriors(believers, colours)
     return {f"{name}.png": _png(figure) for name, figure in figures.items()}
+
+
+def training(records: Sequence[dict[str, Any]]) -> bytes:
+    """PNG of a training run's curves, from the lines of its `metrics.jsonl`: on training text (pale) and on held-out text (dots)."""
+    panels = (("loss", "loss"), ("agreement", "agreement"), ("overlap", "overlap, 1 - TV"), ("tokens_per_round", "tokens per round"))
+    figure = Figure((10.0, 6.5), layout="constrained")
+    for axes, (name, title), colour in zip(figure.subplots(2, 2).ravel(), panels, _COLOURS, strict=False):
+        for field, style in ((name, {"alpha": 0.35, "linewidth": 1.0}), (f"held_out/{name}", {"marker": "o", "markersize": 4})):
+            points = [(record["step"], record[field]) for record in records if field in record]
+            if points:
+                axes.plot(*zip(*points, strict=True), color=colour, **style)
+        axes.set(title=title, xlabel="step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        _plain_style(axes)
+    return _png(figure)
 
 
 def _png(figure: Figure) -> bytes:

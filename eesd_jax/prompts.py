@@ -30,18 +30,19 @@ class Conversation:
 
 
 def read_prompts(path: str | pathlib.Path) -> list[Conversation]:
-    """Reads a prompt file; blank lines are skipped.
+    """Reads a prompt file, on this machine or remote (gs://...); blank lines are skipped.
 
     Raises:
       UserError: the file is missing or empty, or a line is not what is expected (its number is named).
     """
-    path = pathlib.Path(path).expanduser()
+    is_remote = "://" in str(path)
+    path = path if is_remote else pathlib.Path(path).expanduser()
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = _read_remote(str(path)) if is_remote else path.read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"prompt file {str(path)!r}: no such file") from None
     except OSError as error:
-        raise UserError(f"prompt file {str(path)!r} cannot be read ({error.strerror})") from None
+        raise UserError(f"prompt file {str(path)!r} cannot be read ({error.strerror or error})") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise UserError(f"prompt file {str(path)!r}, line {line}: byte {error.object[error.start]:#04x}; expected UTF-8 text") from None
@@ -50,6 +51,15 @@ def read_prompts(path: str | pathlib.Path) -> list[Conversation]:
     if not conversations:
         raise UserError(f"prompt file {str(path)!r} is empty; expected one JSON object a line: {_FORMS}")
     return conversations
+
+
+def _read_remote(path: str) -> str:
+    from etils import epath  # which local files do without
+
+    try:
+        return epath.Path(path).read_bytes().decode("utf-8-sig")
+    except (ImportError, KeyError) as error:  # no library for that kind of address, or no such kind
+        raise UserError(f"prompt file {path!r} cannot be read ({error})") from None
 
 
 def is_text(value: Any) -> bool:

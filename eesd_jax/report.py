@@ -170,13 +170,13 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
             fields = ("speedup", "scored_speedup", "clairvoyant_speedup", "tokens_per_round", "acceptance_rate", "mean_draft_length")
             figures = (_figure(row[field]) for field in fields)
             lines.append((row["controller"], row["arms"], f"{row['tokens_per_second']:.1f}", *figures, counts))
-    return _table(header, lines)
+    return table(header, lines)
 
 
 def _by_category(rows: Sequence[dict[str, Any]], categories: Sequence[str], field: str) -> str:
     values = {(row["controller"], row["category"]): row[field] for row in rows}
     names = dict.fromkeys(row["controller"] for row in rows)
-    return _table(("controller", *categories), [(name, *(_figure(values[name, category]) for category in categories)) for name in names])
+    return table(("controller", *categories), [(name, *(_figure(values[name, category]) for category in categories)) for name in names])
 
 
 def _divergences(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> str:
@@ -196,15 +196,15 @@ def _divergences(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
         for one in worst
     ]
     shown = "" if len(found) == len(worst) else f"\n\n{len(found) - len(worst)} more are in results.json."
-    gaps = _table(("controller", "answers that differ", "smallest gap", "median gap", "largest gap"), shares)
-    return f"{gaps}\n\n{_EXCUSED}\n\n{_table(header, lines)}{shown}"
+    gaps = table(("controller", "answers that differ", "smallest gap", "median gap", "largest gap"), shares)
+    return f"{gaps}\n\n{_EXCUSED}\n\n{table(header, lines)}{shown}"
 
 
 def _figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A Markdown table that is also readable as it stands; the first column to the left, the others to the right."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]

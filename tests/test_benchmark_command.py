@@ -12,6 +12,7 @@ import sys
 import time
 from typing import NamedTuple
 
+import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -428,6 +429,15 @@ def test_a_warm_program_is_not_compiled_again(engine):
     with benchmark.watch_compilation() as compilations:
         engine.generate_ids([[5, 8]], **arguments | {"seeds": [1]})
     assert compilations == []
+
+
+def test_a_whole_benchmark_compiles_each_program_once(run):
+    with compiled.programs() as counts:
+        assert run("--controllers=fixed:2,threshold:0.5,beta").code == 0
+    assert len([line for line in lines() if "run" in line]) == 5 * 4
+    assert counts["_decode_plain"] == 1
+    assert counts["_decode_speculative"] == 3
+    assert counts["prefill"] == 2  # with the branch's cache, and without
 
 
 class SlowEngine(Engine):

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama, sharding
-from eesd_jax.weights import gguf, hub, safetensors, tokenizer
+from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
 
 # Our name -> Hugging Face name. Every tensor is stored with just our shape.
 _TOP_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
@@ -69,13 +69,15 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
     """Finds, reads and places a model.
 
     Args:
-      name: `demo`, a Hugging Face folder, a GGUF file, or a hub id.
+      name: `demo`, a Hugging Face folder, a GGUF file, a hub id, or `tiny` (random, for trials).
       dtype: float32 or bfloat16, of the params and of the arithmetic.
       mesh: where the params go (see `model/sharding.py`); None for the default device.
 
     Raises:
       UserError: anything about the name or the files that cannot be used.
     """
+    if name == tiny.TINY_NAME:
+        return _random_model(tiny.config(), tiny.init_key(), tiny.tokenizer(), dtype, mesh)
     path = hub.find_model(name)
     if path.is_file():
         source = gguf.GGUFSource(path)
@@ -92,6 +94,15 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
     if len(text) > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {len(text)} tokens, the model's vocabulary only {config.vocab_size}")
     return LoadedModel(config, load_params(config, source, dtype, mesh), text, tuple(sorted(set(eos_ids))))
+
+
+def _random_model(config: ModelConfig, key: jax.Array, text: PreTrainedTokenizerBase, dtype: jnp.dtype, mesh: Mesh | None) -> LoadedModel:
+    placements = sharding.param_shardings(config, mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def init(key: jax.Array) -> llama.Params:
+        return nn.meta.unbox(llama.init(config, key, dtype))
+
+    return LoadedModel(config, jax.jit(init, out_shardings=placements)(key), text, (text.eos_token_id,))
 
 
 def _folder_eos_ids(folder: pathlib.Path, hf_config: dict) -> list[int]:

@@ -1,0 +1,251 @@
+"""What a round costs beside what it is made of, on the built-in model: rounds of every length against the sum of their parts.
+
+    python benchmarks/round_overhead.py
+    python benchmarks/round_overhead.py --batch_size=8 --controllers=forced,beta --output=overhead.json
+
+The parts, each in a jitted loop of its own with its caches in place: blocks 1..N on one token (k + 1 times in a round of k drafts); the
+exit block, its head and the draw of a draft (k times); at the compiled width that holds k + 1 tokens, blocks N+1..L, the head, acceptance;
+and what the controller computes. Rounds are those of the real program, with the number of drafts forced whatever the controller says; what
+it says is computed nevertheless. Everything takes turns, so that a drift of the machine's speed cancels; medians count.
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+import eesd_jax
+from eesd_jax import cli, control, cost_table, report
+from eesd_jax.config import ControllerConfig, SamplingConfig
+from eesd_jax.decode import verify
+from eesd_jax.decode.controllers import Calibration, Controller, Forced
+from eesd_jax.decode.sampling import Sampling, sample
+from eesd_jax.decode.state import DecodeState
+from eesd_jax.engine import Engine
+from eesd_jax.model import cache as kv
+from eesd_jax.model import exit_branch, llama
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("controllers", ["forced", "beta", "cost_aware"], "Controllers whose rounds are timed; `forced` computes nothing.")
+flags.DEFINE_integer("batch_size", 1, "Rows that are decoded together.")
+flags.DEFINE_integer("max_draft", 8, "The most tokens that a round may draft.")
+flags.DEFINE_integer("steps", 8, "Rounds, or repetitions of a part, that are timed together.")
+flags.DEFINE_integer("repeats", 9, "Times that each is timed; the median counts.")
+flags.DEFINE_string("output", None, "File to write the result to (JSON).")
+
+
+class Led(NamedTuple):
+    """length: int32 [B], drafts of a round. inner: state or plan of the controller that is led."""
+
+    length: jax.Array
+    inner: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Leading:
+    """Drafts as many tokens as its state says, and computes nevertheless all that another controller would."""
+
+    inner: Controller
+
+    def init(self, batch: int) -> Led:
+        return Led(jnp.zeros(batch, jnp.int32), self.inner.init(batch))
+
+    def propose(self, keys_B: jax.Array, state: Led, running_B: jax.Array) -> Led:
+        return Led(state.length, self.inner.propose(keys_B, state.inner, running_B))
+
+    def keep_drafting(self, keys_B: jax.Array, plan: Led, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, Led]:
+        wanted, inner = self.inner.keep_drafting(keys_B, plan.inner, k, confidence_B)
+        # A confidence is never negative, but XLA does not know, and computes `wanted`.
+        return jnp.where(confidence_B < 0, wanted, k < plan.length), Led(plan.length, inner)
+
+    def update(self, state: Led, plan: Led, drafted_B: jax.Array, accepted_B: jax.Array) -> Led:
+        return Led(state.length, self.inner.update(state.inner, plan.inner, drafted_B, accepted_B))
+
+    def mean(self, state: Led) -> jax.Array:
+        return self.inner.mean(state.inner)
+
+
+def greedy(batch: int) -> Sampling:
+    """Temperature 0 in every row, nothing filtered."""
+    zeros = jnp.zeros(batch)
+    return Sampling(temperature=zeros, top_k=jnp.zeros(batch, jnp.int32), top_p=zeros + 1, min_p=zeros)
+
+
+def wait_for(value_B: jax.Array, result: jax.Array) -> jax.Array:
+    """The same value, but only once there is a result: so that each turn of a loop needs the one before."""
+    return value_B + jnp.isnan(result.ravel()[0]).astype(value_B.dtype)
+
+
+class Parts:
+    """Loops over the parts of a round; each takes the state and how often, and returns the state.
+
+    They are what `decode/speculative.py` does, without what ties it together.
+    """
+
+    def __init__(self, engine: Engine, sampling: Sampling):
+        self.config, self.draft = engine.model.config, engine.drafter.draft
+        self.params, self.branch, self.sampling = engine.model.params, engine.drafter.branch, sampling
+
+    def loops(self) -> dict[Any, Callable[[DecodeState, int], DecodeState]]:
+        """By name: "early", "exit", and the widths of verification."""
+        steps = {"early": self.early, "exit": self.exit} | {width: functools.partial(self.verify, width) for width in self.draft.widths}
+
+        def loop(step: Callable, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState, times: jax.Array) -> DecodeState:
+            return jax.lax.fori_loop(0, times, lambda _, state: step(params, branch, state), state)
+
+        return {
+            name: functools.partial(jax.jit(functools.partial(loop, step), donate_argnums=2), self.params, self.branch)
+            for name, step in steps.items()
+        }
+
+    def early(self, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
+        """Blocks 1..N on one token."""
+        depth, cache = self.draft.exit_layer, state.cache
+        token_B, start_B = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0], state.length - 1
+        caches = kv.KVCache(cache.k[:depth], cache.v[:depth])
+        x, new = llama.forward_blocks(self.config, params["blocks"], llama.embed(params, token_B[:, None]), start_B, caches, range(depth))
+        caches = kv.write(caches, new, start_B, after=x)
+        cache = kv.KVCache(caches.k + cache.k[depth:], caches.v + cache.v[depth:])
+        return state._replace(length=wait_for(state.length, x), cache=cache)
+
+    def exit(self, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
+        """The exit block on one hidden state, its head, and the draw."""
+        start_B = state.length - 1
+        h = llama.embed(params, state.tokens[:, :1])
+        x, new = exit_branch.run_exit_block(self.config, branch, h, start_B, state.draft.exit_cache)
+        exit_cache = kv.write(state.draft.exit_cache, new, start_B, after=x)
+        logits_BxQ = exit_branch.draft_logits(self.config, branch, x)[:, 0]
+        draw = sample(state.row_keys, logits_BxQ, self.sampling)
+        chosen_logit = jnp.take_along_axis(logits_BxQ, draw.token[:, None], axis=1)[:, 0]
+        confidence_B = jnp.exp(chosen_logit - jax.nn.logsumexp(logits_BxQ, axis=1))
+        length = wait_for(wait_for(state.length, confidence_B), draw.probs)
+        return state._replace(length=length, draft=state.draft._replace(exit_cache=exit_cache))
+
+    def verify(self, width: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
+        """Blocks N+1..L on `width` hidden states, the head, and acceptance; keys and values of the exit block."""
+        depth, cache, start_B = self.draft.exit_layer, state.cache, state.length - 1
+        batch = start_B.size
+        h = llama.embed(params, state.tokens[:, :width])
+        x, new = llama.forward_blocks(self.config, params["blocks"], h, start_B, cache, range(depth, self.config.num_layers))
+        _, new_exit = exit_branch.run_exit_block(self.config, branch, h, start_B, None)
+        none = jnp.zeros((batch, width - 1), jnp.int32)
+        probs = jnp.zeros((batch, width - 1, branch.draft_ids.size), jnp.float32)
+        drafts = verify.Drafts(none, jnp.full(batch, width - 1), none, probs)
+        verdict = verify.accept(state.row_keys, drafts, branch.draft_ids, llama.logits(self.config, params, x), self.sampling)
+        late = kv.write(kv.KVCache(cache.k[depth:], cache.v[depth:]), new, start_B, after=x)
+        exit_cache = kv.write(state.draft.exit_cache, new_exit, start_B, after=x)
+        length = wait_for(state.length, verdict.token.astype(jnp.float32))
+        cache = kv.KVCache(cache.k[:depth] + late.k, cache.v[:depth] + late.v)
+        return state._replace(length=length, cache=cache, draft=state.draft._replace(exit_cache=exit_cache))
+
+
+def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.Array) -> Any:
+    """What a controller computes in rounds of so many drafts."""
+    keys_B = jax.vmap(jax.random.key)(jnp.arange(batch))
+
+    def one_round(i: jax.Array, state: Any) -> Any:
+        round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
+        plan = controller.propose(round_keys, state, jnp.ones(batch, bool))
+
+        def ask(k: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+            count, plan = carry
+            keep, plan = controller.keep_drafting(jax.vmap(jax.random.fold_in, (0, None))(round_keys, k), plan, k, jnp.full(batch, 0.5))
+            return count + keep, plan
+
+        count, plan = jax.lax.fori_loop(0, drafts + 1, ask, (jnp.zeros(batch, jnp.int32), plan))
+        return controller.update(state, plan, jnp.full(batch, drafts), jnp.minimum(count, drafts))
+
+    return jax.lax.fori_loop(0, times, one_round, controller.init(batch))
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    return time.perf_counter() - start
+
+
+def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeats: int) -> dict[str, dict[Any, float]]:
+    """Seconds, medians: of the parts under "parts"; by drafts, of rounds under a controller's name, and of its own part behind " alone"."""
+    max_draft = engine.drafter.draft.max_draft
+    parts = Parts(engine, greedy(batch)).loops()
+    prompts = [list(range(1, cost_table.PROMPT_TOKENS + 1))] * batch
+    budget = max(engine.decode_config.max_new_tokens, steps * (max_draft + 1) + 1)
+    cost = tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1))
+    times: dict[tuple[str, Any], list[float]] = {}
+
+    def built(name: str) -> Controller:
+        if name == "forced":
+            return Forced()
+        spec = control.parse_controller(name, max_draft)
+        return Leading(control.build_controller(spec, ControllerConfig(), Calibration(), cost))
+
+    controllers = {name: built(name) for name in names}
+    ask = jax.jit(controller_loop, static_argnums=(0, 2))
+    start_state = functools.partial(engine.prefill, prompts, [0] * batch, batch, budget)
+    for repeat in range(repeats + 1):
+        measured = {}
+        for name, loop in parts.items():
+            state = jax.block_until_ready(start_state(Forced()))
+            measured["parts", name] = seconds_of(lambda loop=loop, state=state: loop(state, jnp.int32(steps)))
+        for drafts in range(max_draft + 1):
+            for name, controller in controllers.items():
+                state = start_state(controller)
+                length = jnp.full(batch, drafts, jnp.int32)
+                led = length if name == "forced" else state.draft.controller._replace(length=length)
+                state = jax.block_until_ready(state._replace(draft=state.draft._replace(controller=led)))
+                measured[name, drafts] = seconds_of(lambda c=controller, state=state: engine.decode(state, SamplingConfig(), c, steps))
+                if name != "forced":
+                    asked = functools.partial(ask, controller.inner, drafts, batch, jnp.int32(steps))
+                    measured[f"{name} alone", drafts] = seconds_of(asked)
+        if repeat > 0:  # the first time compiles
+            for key, value in measured.items():
+                times.setdefault(key, []).append(value / steps)
+    medians: dict[str, dict[Any, float]] = {}
+    for (group, item), values in times.items():
+        medians.setdefault(group, {})[item] = statistics.median(values)
+    return medians
+
+
+def result_rows(medians: dict[str, dict[Any, float]], widths: Sequence[int]) -> list[dict[str, Any]]:
+    """One row for each controller and number of drafts: the round, the sum of its parts, and the ratio, in milliseconds."""
+    parts, rows = medians["parts"], []
+    for name in (name for name in medians if name != "parts" and not name.endswith(" alone")):
+        for drafts, seconds in medians[name].items():
+            width = next(width for width in widths if width > drafts)
+            own = medians.get(f"{name} alone", {}).get(drafts, 0.0)
+            total = (drafts + 1) * parts["early"] + drafts * parts["exit"] + parts[width] + own
+            row = {"controller": name, "drafts": drafts, "width": width, "round_ms": seconds * 1e3, "parts_ms": total * 1e3}
+            rows.append(row | {"controller_ms": own * 1e3, "ratio": seconds / total})
+    return rows
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    loaded = eesd_jax.load("demo", dtype="float32", max_draft=FLAGS.max_draft)
+    engine = Engine(loaded.model._replace(eos_ids=()), loaded.decode_config, loaded.drafter)
+    medians = measure(engine, FLAGS.controllers, FLAGS.batch_size, FLAGS.steps, FLAGS.repeats)
+    rows = result_rows(medians, engine.drafter.draft.widths)
+    names = {"early": "blocks 1..N on one token", "exit": "exit block, head, draw"}
+    lines = [(names.get(name, f"verify, width {name}"), f"{seconds * 1e3:.2f}") for name, seconds in medians["parts"].items()]
+    print(report.table(("part", "ms"), lines), "\n")
+    lines = []
+    for row in rows:
+        times = (f"{row[name]:.2f}" for name in ("round_ms", "parts_ms", "controller_ms", "ratio"))
+        lines.append((row["controller"], str(row["drafts"]), str(row["width"]), *times))
+    print(report.table(("controller", "drafts", "verify width", "round, ms", "sum of parts, ms", "of which controller", "ratio"), lines))
+    if FLAGS.output:
+        with cli.whole_file(FLAGS.output) as file:
+            parts = {str(name): seconds * 1e3 for name, seconds in medians["parts"].items()}
+            json.dump({"batch_size": FLAGS.batch_size, "parts_ms": parts, "rounds": rows}, file, indent=2)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,353 @@
+"""Training examples: token ids, and which of them the target wrote; as a tfds dataset on disk, or as a JSONL file of chats.
+
+A dataset is a folder in the format of tfds (array_record files, readable with `tfds.builder_from_directory`; neither writing nor reading
+needs TensorFlow). Its metadata says where it comes from: model, weights, tokenizer, settings. A file of chats has one
+`{"messages": [...]}` a line; the assistant's turns are taken as the target's, without asking whether it would have written them.
+"""
+
+import hashlib
+import itertools
+import json
+import math
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import tensorflow_datasets as tfds
+from array_record.python.array_record_module import ArrayRecordWriter
+from etils import epath
+from transformers import PreTrainedTokenizerBase
+
+from eesd_jax.config import ModelConfig
+from eesd_jax.errors import UserError
+from eesd_jax.weights.branch_folder import config_hash
+
+DATASET_NAME = "self_generated"
+SPLITS = ("train", "validation")
+
+_VERSION = "1.0.0"
+_INFO_FILE = "dataset_info.json"  # without it a folder is no dataset
+_EXAMPLES_PER_FILE = 10_000
+_FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
+_MESSAGES_FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
+
+
+class Example(NamedTuple):
+    """tokens: int32 [n]. response: bool [n], True where the target wrote the token."""
+
+    tokens: np.ndarray
+    response: np.ndarray
+
+    @property
+    def prompt(self) -> np.ndarray:
+        """The tokens before the first one that the target wrote, int32."""
+        return self.tokens[: int(np.argmax(self.response))]
+
+
+class Target(Protocol):
+    """What examples are checked against: a `LoadedModel`, of which the params are not needed."""
+
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+
+
+class Source(NamedTuple):
+    """The examples of one split.
+
+    name: for messages. examples: random access. provenance: of a dataset, what its metadata says; of chats, their file and the tokenizer.
+    """
+
+    name: str
+    examples: Sequence[Example]
+    provenance: dict[str, Any]
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 of what every id stands for: the same for one vocabulary read from a GGUF file and from a Hugging Face folder."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()
+
+
+def held_out(prompt_ids: Sequence[int] | np.ndarray, share: float) -> bool:
+    """Whether a prompt belongs to the validation split; depends on the prompt alone, so all its responses are on one side."""
+    return _place(prompt_ids) < share
+
+
+def assign_splits(prompts: Sequence[Sequence[int] | np.ndarray], share: float) -> list[str]:
+    """The split of each prompt: by hash, but where there are prompts enough, and a share of either, neither split is left empty."""
+    places = [_place(prompt) for prompt in prompts]
+    cut = share
+    if 0 < share < 1 and len(set(places)) > 1:
+        cut = min(max(share, math.nextafter(min(places), 1)), max(places))
+    return [SPLITS[place < cut] for place in places]
+
+
+def _place(prompt_ids: Sequence[int] | np.ndarray) -> float:
+    """A uniform number in [0, 1) from a hash."""
+    digest = hashlib.sha256(np.asarray(prompt_ids, "<i4").tobytes()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _features() -> tfds.features.FeaturesDict:
+    return tfds.features.FeaturesDict(
+        {
+            "tokens": tfds.features.Tensor(shape=(None,), dtype=np.int32),
+            "response": tfds.features.Tensor(shape=(None,), dtype=np.bool_),
+            "index": np.int64,
+            "temperature": np.float32,
+            "prompt_id": tfds.features.Text(),
+        }
+    )
+
+
+def dataset_exists(folder: epath.PathLike) -> bool:
+    return (epath.Path(folder) / _INFO_FILE).exists()
+
+
+def write_dataset(folder: epath.PathLike, splits: dict[str, Iterable[dict[str, Any]]], provenance: dict[str, Any]) -> None:
+    """Writes a dataset, which appears under its name only when it is complete.
+
+    Args:
+      folder: must not be a dataset yet; local or remote.
+      splits: records of each split: tokens, response, index, temperature, prompt_id (see `_features`). Splits without records are left out.
+      provenance: for the metadata; JSON.
+    """
+    folder = epath.Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    # Array records are written by C++, to local files; beside a local target, so that the rename stays within one file system.
+    is_local = "://" not in os.fspath(folder)
+    prefix = f".{folder.name}-partial-"
+    if is_local:
+        for leftover in folder.parent.glob(f"{prefix}*"):  # of a run that was killed
+            leftover.rmtree()
+    with tempfile.TemporaryDirectory(dir=folder.parent if is_local else None, prefix=prefix) as name:
+        partial = epath.Path(name) / "dataset"  # in a folder of its own, because the outer one is made for its owner alone
+        partial.mkdir()
+        _write_local(os.fspath(partial), splits, provenance)
+        if is_local:
+            partial.rename(folder)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in sorted(partial.iterdir(), key=lambda path: path.name == _INFO_FILE):  # that one vouches for the others
+                file.copy(folder / file.name, overwrite=True)
+
+
+def _write_local(folder: str, splits: dict[str, Iterable[dict[str, Any]]], provenance: dict[str, Any]) -> None:
+    identity = tfds.core.dataset_info.DatasetIdentity(
+        name=DATASET_NAME, version=tfds.core.Version(_VERSION), data_dir=folder, module_name=__name__, config_name=None
+    )
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        features=_features(),
+        description="Text that a model wrote itself, to train its exit branch on: token ids, and which of them the model wrote.",
+        metadata=tfds.core.MetadataDict(provenance=provenance),
+    )
+    info.set_file_format(tfds.core.FileFormat.ARRAY_RECORD)
+    # Splits without examples are left out: tfds gives an error for them.
+    info.set_splits(tfds.core.splits.SplitDict([found for split in splits if (found := _write_split(folder, split, splits[split], info))]))
+    info.write_to_directory(folder)
+
+
+def _write_split(
+    folder: str, split: str, records: Iterable[dict[str, Any]], info: tfds.core.DatasetInfo
+) -> tfds.core.splits.SplitInfo | None:
+    """Writes a split's files; None where there are no records.
+
+    As `tfds.core.SequentialWriter` does, except that the same records always give the same bytes: maps in protobufs have no order.
+    """
+    serializer = tfds.core.example_serializer.ExampleSerializer(info.features.get_serialized_info())
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=folder, dataset_name=DATASET_NAME, split=split, filetype_suffix="array_record", template=_FILE_TEMPLATE
+    )
+    lengths, num_bytes, records = [], 0, iter(records)
+    while some := list(itertools.islice(records, _EXAMPLES_PER_FILE)):
+        writer = ArrayRecordWriter(os.fspath(template.sharded_filepath(shard_index=len(lengths), num_shards=None)), "group_size:1")
+        for record in some:
+            line = serializer.get_tf_example(info.features.encode_example(record)).SerializeToString(deterministic=True)
+            writer.write(line)
+            num_bytes += len(line)
+        writer.close()
+        lengths.append(len(some))
+    if not lengths:
+        return None
+    return tfds.core.splits.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template)
+
+
+def open_source(path: str, split: str, model: Target, validation_share: float) -> Source:
+    """Opens a dataset's folder or a file of chats.
+
+    Args:
+      path: local or remote.
+      split: "train" or "validation".
+      validation_share: of a file of chats; a dataset is split already.
+
+    Raises:
+      UserError: nothing there, not what is expected, or made with another tokenizer or vocabulary (the decoded example is shown).
+    """
+    folder = epath.Path(path).expanduser()
+    try:
+        if folder.is_file():
+            return _open_chats(folder, split, model, validation_share)
+        if not dataset_exists(folder):
+            raise UserError(
+                f"dataset {path!r}: {'this folder holds no dataset' if folder.is_dir() else 'no such folder'}; "
+                "expected one that train/self_generate.py has written, or a JSONL file of chats"
+            )
+        return _open_dataset(folder, split, model)
+    except (OSError, ImportError) as error:  # ImportError: what etils would read that address with is not installed
+        raise UserError(f"dataset {path!r} cannot be read ({error})") from None
+
+
+class _DatasetExamples(Sequence[Example]):
+    """Examples of one split of a tfds dataset, read when they are asked for."""
+
+    def __init__(self, source: Sequence[dict[str, Any]]):
+        self._source = source
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Example:
+        if not 0 <= index < len(self._source):
+            raise IndexError(index)
+        record = self._source[index]
+        return Example(record["tokens"], record["response"])
+
+
+def _open_dataset(folder: epath.Path, split: str, model: Target) -> Source:
+    name = os.fspath(folder)
+    foreign = f"dataset {name!r} was not written by train/self_generate.py"
+    try:
+        builder = tfds.builder_from_directory(name)
+        provenance = (builder.info.metadata or {}).get("provenance")
+        fields = set(builder.info.features or ())
+    except Exception as error:  # whatever tfds and its parsers raise
+        raise UserError(f"dataset {name!r} cannot be read ({error})") from None
+    if not isinstance(provenance, dict) or not {"tokens", "response"} <= fields:
+        raise UserError(f"{foreign} (its fields are {', '.join(sorted(fields))}); expected tokens, response, and metadata of their origin")
+    try:
+        # tfds gives an error for a split without examples.
+        filled = split in builder.info.splits and builder.info.splits[split].num_examples
+        examples = _DatasetExamples(builder.as_data_source(split)) if filled else []
+        sample = examples[0] if filled else None
+    except Exception as error:
+        raise UserError(f"dataset {name!r}, split {split!r} cannot be read ({error}); expected a complete copy") from None
+    _check_provenance(name, provenance, sample, model)
+    return Source(name, examples, provenance)
+
+
+def _check_provenance(name: str, provenance: dict[str, Any], sample: Example | None, model: Target) -> None:
+    shown = f"; read with this model's tokenizer, an example is {show(sample, model.tokenizer)}" if sample else ""
+    vocab_size, ours = provenance.get("vocab_size"), model.config.vocab_size
+    author = f"dataset {name!r} was written by model {provenance.get('model')!r}"
+    if vocab_size != ours:
+        raise UserError(f"{author} with a vocabulary of {vocab_size} tokens; expected {ours}, that of this model{shown}")
+    if provenance.get("tokenizer_hash") != tokenizer_hash(model.tokenizer):
+        raise UserError(f"{author} with another tokenizer (the same ids stand for other text); expected this model's{shown}")
+    if provenance.get("target_config_hash") != config_hash(model.config):
+        warnings.warn(f"{author}, which has another shape than this one: what it wrote is not what this model would write", stacklevel=2)
+
+
+def show(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int = 160) -> str:
+    """An example's text, shortened, for messages; ids that are no tokens are left out."""
+    ids = [int(token) for token in example.tokens[:limit] if 0 <= token < len(tokenizer)]
+    text = tokenizer.decode(ids)
+    return repr(text if len(text) <= limit else f"{text[:limit]}...")
+
+
+def check_example(example: Example, name: str, index: int, model: Target) -> None:
+    """Raises UserError, showing the example, for one that cannot be trained on: no response, or ids that are no tokens."""
+    problem = None
+    if example.tokens.ndim != 1 or example.tokens.shape != example.response.shape:
+        problem = f"{example.tokens.shape} tokens and a response mask of {example.response.shape}; expected one each"
+    elif not example.response.any():
+        problem = "its response mask is empty; expected tokens that the model wrote"
+    elif example.tokens.min() < 0 or example.tokens.max() >= model.config.vocab_size:
+        wrong = next(int(token) for token in example.tokens if not 0 <= token < model.config.vocab_size)
+        problem = f"token id {wrong} is outside the vocabulary; expected 0 to {model.config.vocab_size - 1}"
+    if problem:
+        raise UserError(f"dataset {name!r}, example {index}: {problem}; it reads {show(example, model.tokenizer)}")
+
+
+def _open_chats(path: epath.Path, split: str, model: Target, validation_share: float) -> Source:
+    name = os.fspath(path)
+    if not model.tokenizer.chat_template:
+        raise UserError(f"chats in {name!r} need a chat template, and this model has none; expected a dataset of train/self_generate.py")
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise UserError(f"dataset {name!r}, line {line}: byte {error.object[error.start]:#04x}; expected UTF-8 text") from None
+    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends of lines.
+    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    if not lines:
+        raise UserError(f"dataset {name!r} is empty; expected one JSON object a line: {_MESSAGES_FORM}")
+    examples = [_chat_example(line, f"dataset {name!r}, line {number}", model) for number, line in lines]
+    splits = assign_splits([example.prompt for example in examples], validation_share)
+    chosen = [example for example, its_split in zip(examples, splits, strict=True) if its_split == split]
+    provenance = {
+        "chats": name,
+        "vocab_size": model.config.vocab_size,
+        "tokenizer_hash": tokenizer_hash(model.tokenizer),
+        "validation_share": validation_share,
+    }
+    return Source(name, chosen, provenance)
+
+
+def _chat_example(line: str, where: str, model: Target) -> Example:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not valid JSON ({error}); expected {_MESSAGES_FORM}") from None
+    messages = record.get("messages") if isinstance(record, dict) else None
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f"{where}: no messages; expected {_MESSAGES_FORM}")
+    for message in messages:
+        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
+            raise UserError(f"{where}: a message is {json.dumps(message)[:80]}; expected {_MESSAGES_FORM}")
+    if not any(message["role"] == "assistant" for message in messages):
+        shown = repr(" ".join(message["content"] for message in messages)[:160])
+        raise UserError(f"{where}: no message of the role 'assistant', so its response mask is empty; it reads {shown}")
+    return encode_chat(messages, where, model)
+
+
+def encode_chat(messages: Sequence[dict[str, str]], where: str, model: Target) -> Example:
+    """Tokens of a conversation, and which of them are an assistant's turn, the token that ends it included.
+
+    The template is applied message by message, and each turn is tokenized on its own, as it is when the model writes it.
+
+    Raises:
+      UserError: the template refuses the messages, or renders earlier ones otherwise once there are later ones.
+    """
+    tokenizer = model.tokenizer
+
+    def render(count: int, add_generation_prompt: bool) -> str:
+        try:
+            return tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # templates raise whatever jinja2 or their author chose
+            raise UserError(f"{where}: the model's chat template refuses these messages: {error}") from None
+
+    tokens: list[int] = []
+    response: list[bool] = []
+    done = ""
+
+    def extend(text: str, is_response: bool) -> None:
+        nonlocal done
+        if not text.startswith(done):
+            raise UserError(f"{where}: the model's chat template renders earlier messages otherwise once message {i + 1} follows")
+        ids = tokenizer(text[len(done) :], add_special_tokens=False).input_ids
+        # What the template adds behind the end of a turn is not the model's.
+        written = next((place + 1 for place, token in enumerate(ids) if token in model.eos_ids), len(ids)) if is_response else 0
+        tokens.extend(ids)
+        response.extend(place < written for place in range(len(ids)))
+        done = text
+
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant":
+            extend(render(i, add_generation_prompt=True), is_response=False)
+            extend(render(i + 1, add_generation_prompt=False), is_response=True)
+    return Example(np.array(tokens, np.int32), np.array(response, bool))

@@ -1,0 +1,197 @@
+"""The frozen target, as training sees it: hidden states behind block N, and the distribution that the branch learns.
+
+Online, every step runs it. In cached mode it runs once over all rows, and what a step needs is kept on disk, a file a kind, memory-mapped.
+
+Axes: B rows, T tokens, D hidden, V vocabulary, K kept tokens.
+"""
+
+import json
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eesd_jax.config import ModelConfig
+from eesd_jax.distill.data import Batch, Rows
+from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
+from eesd_jax.errors import UserError
+from eesd_jax.model import llama, sharding
+
+
+class Trunk(NamedTuple):
+    """The target's weights, with blocks stacked for `scan_blocks`.
+
+    embed: [V, D]. early, late: blocks 1..N and N+1..L, leaves with a leading layers axis. final_norm: [D]. head: [V, D] (tied: `embed`).
+    """
+
+    embed: jax.Array
+    early: llama.Params
+    late: llama.Params
+    final_norm: jax.Array
+    head: jax.Array
+
+
+class Features(NamedTuple):
+    """What a step learns from, at every position.
+
+    hidden: [B, T, D] behind block N. last: [B, T, D] behind the final norm, None where nothing needs it. top: what a cache kept of the
+    distribution; None online, where it follows from `last`.
+    """
+
+    hidden: jax.Array
+    last: jax.Array | None
+    top: TopTokens | None
+
+
+def split_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) -> Trunk:
+    """Stacks the blocks, weight by weight, and deletes what was stacked: the peak is the model and its largest stacked weight."""
+
+    def stack(blocks: tuple[llama.Params, ...]) -> llama.Params:
+        stacked = {}
+        for name in blocks[0]:
+            leaves = [block[name] for block in blocks]
+            home = leaves[0].sharding
+            spec = PartitionSpec(None, *home.spec) if isinstance(home, NamedSharding) else None
+            placement = home if spec is None else NamedSharding(home.mesh, spec)
+            stacked[name] = jax.jit(_stack, out_shardings=placement)(leaves).block_until_ready()
+            for leaf in leaves:
+                leaf.delete()
+        return stacked
+
+    head = params["embed"] if config.tie_embeddings else params["lm_head"]
+    blocks = params["blocks"]
+    return Trunk(params["embed"], stack(blocks[:exit_layer]), stack(blocks[exit_layer:]), params["final_norm"], head)
+
+
+def _stack(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.stack(leaves)
+
+
+def join_trunk(config: ModelConfig, trunk: Trunk) -> llama.Params:
+    """The params that decoding wants, blocks apart: copies."""
+    blocks = []
+    for stacked in (trunk.early, trunk.late):
+        blocks += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(jax.tree.leaves(stacked)[0].shape[0])]
+    params = {"embed": trunk.embed, "blocks": tuple(blocks), "final_norm": trunk.final_norm}
+    return params if config.tie_embeddings else params | {"lm_head": trunk.head}
+
+
+def attention_mask(segments_BxT: jax.Array) -> jax.Array:
+    """Bool [B, T, T]: a token sees itself and what came before it in its own segment."""
+    same = segments_BxT[:, :, None] == segments_BxT[:, None, :]
+    return same & llama.causal_mask(segments_BxT.shape[1])
+
+
+def hidden_states(config: ModelConfig, trunk: Trunk, batch: Batch, *, last: bool) -> tuple[jax.Array, jax.Array | None]:
+    """One pass of the target: [B, T, D] behind block N and, if asked for, behind the final norm."""
+    mask = attention_mask(batch.segments)
+    x = trunk.embed[batch.tokens]
+    hidden = llama.scan_blocks(config, trunk.early, x, batch.positions, mask)
+    if not last:
+        return hidden, None
+    exit_layer = jax.tree.leaves(trunk.early)[0].shape[0]
+    x = llama.scan_blocks(config, trunk.late, hidden, batch.positions, mask, first=exit_layer)
+    return hidden, llama.rms_norm(x, trunk.final_norm, config.norm_eps)
+
+
+def teacher_logits(trunk: Trunk, last: jax.Array) -> jax.Array:
+    """Float32 logits of normed last hidden states [..., D], over the whole vocabulary."""
+    return llama.linear(last, trunk.head, preferred_element_type=jnp.float32)
+
+
+def top_tokens(trunk: Trunk, last_BxTxD: jax.Array, count: int, chunk: int) -> TopTokens:
+    """The most probable tokens at every position, logits of `chunk` positions of each row at a time."""
+
+    def top(part_BxCxD: jax.Array) -> TopTokens:
+        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(teacher_logits(trunk, part_BxCxD)), count)
+        return TopTokens(ids, log_probs)
+
+    found = jax.lax.map(top, split_positions(last_BxTxD, chunk))
+    return jax.tree.map(lambda x: join_positions(x, last_BxTxD.shape[1]), found)
+
+
+class FeatureCache:
+    """What the target says of every row of a split, on disk: written once, row after row, resumable.
+
+    Attributes:
+      rows: how many are written.
+
+    Raises:
+      UserError: the folder holds the features of another model, exit layer or data.
+    """
+
+    def __init__(
+        self, folder: pathlib.Path, provenance: dict[str, Any], count: int, length: int, hidden_size: int, *, top: int, last: bool
+    ):
+        self._folder, self._count = folder, count
+        float_kind = provenance["dtype"]
+        kinds = {"hidden": (float_kind, (hidden_size,)), "ids": ("int32", (top,)), "log_probs": (float_kind, (top,))}
+        if last:
+            kinds["last"] = (float_kind, (hidden_size,))
+        described = provenance | {"rows": count, "length": length, "kinds": {name: [kind, *shape] for name, (kind, shape) in kinds.items()}}
+        about = folder / "provenance.json"
+        if about.exists():
+            found = json.loads(about.read_text())
+            differences = [name for name in described if found.get(name) != described[name]]
+            if differences:
+                raise UserError(f"{folder} caches other features: it differs in {', '.join(differences)}; expected another cache.path")
+        else:
+            needed = sum(count * length * int(np.prod(shape)) * np.dtype(kind).itemsize for kind, shape in kinds.values())
+            folder.mkdir(parents=True, exist_ok=True)
+            if needed > (free := shutil.disk_usage(folder).free):
+                raise UserError(
+                    f"the cache of {count} rows needs {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; "
+                    "expected fewer rows (data.max_examples), another cache.path, or cache.enabled=False"
+                )
+            for name, (kind, shape) in kinds.items():
+                np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(count, length, *shape)).flush()
+            _write_whole(about, json.dumps(described, indent=1))
+        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kinds}
+        progress = folder / "rows_done"
+        self.rows = int(progress.read_text()) if progress.exists() else 0
+
+    @property
+    def complete(self) -> bool:
+        return self.rows >= self._count
+
+    def fill(self, rows: Rows, batch_size: int, compute: Callable[[Batch], Features]) -> Iterator[int]:
+        """Writes what is missing; yields the number of rows written so far, after each batch."""
+        last_flushed = self.rows
+        while not self.complete:
+            chosen = range(self.rows, min(self.rows + batch_size, self._count))
+            parts = [rows[i] for i in chosen]
+            parts += [parts[-1]] * (batch_size - len(parts))  # one shape, one program
+            batch = Batch(*(np.stack(field) for field in zip(*parts, strict=True)))
+            found = jax.device_get(compute(batch))
+            values = {"hidden": found.hidden, "ids": found.top.ids, "log_probs": found.top.log_probs, "last": found.last}
+            for name, array in self._arrays.items():
+                array[chosen.start : chosen.stop] = values[name][: len(chosen)].astype(array.dtype)
+            self.rows = chosen.stop
+            if self.complete or self.rows - last_flushed >= 64 * batch_size:
+                # Rows count as done only when they are on disk.
+                for array in self._arrays.values():
+                    array.flush()
+                _write_whole(self._folder / "rows_done", str(self.rows))
+                last_flushed = self.rows
+            yield self.rows
+
+    def read(self, rows: np.ndarray, width: int) -> Features:
+        """Numpy features of the first `width` positions of those rows."""
+        get = {name: array[rows, :width] for name, array in self._arrays.items()}
+        return Features(get["hidden"], get.get("last"), TopTokens(get["ids"], get["log_probs"].astype(np.float32)))
+
+
+def _write_whole(path: pathlib.Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(dict(sharding.LOGICAL_AXIS_RULES)["batch"]))

@@ -1,0 +1,32 @@
+"""What accelerators are made of, by their makers' data sheets: for utilisation and for planning, never for results."""
+
+from typing import NamedTuple
+
+
+class Chip(NamedTuple):
+    """flops: bfloat16 multiplications and additions a second, dense. memory: bytes. bandwidth: bytes a second to its memory."""
+
+    flops: float
+    memory: float
+    bandwidth: float
+
+
+# By `jax.Device.device_kind`, as far as it begins so; the longest match counts.
+_CHIPS = {
+    "TPU v4": Chip(275e12, 32 * 2**30, 1.2e12),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12),
+    "TPU v5e": Chip(197e12, 16 * 2**30, 0.819e12),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12),
+    "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12),
+    "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12),
+    "NVIDIA A100": Chip(312e12, 80 * 2**30, 2.0e12),
+    "NVIDIA H100": Chip(989e12, 80 * 2**30, 3.35e12),
+    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12),
+}
+
+
+def find_chip(device_kind: str) -> Chip | None:
+    """The data sheet of a device, or None where it is not known (CPUs)."""
+    matches = [name for name in _CHIPS if device_kind.startswith(name)]
+    return _CHIPS[max(matches, key=len)] if matches else None

@@ -1,0 +1,89 @@
+"""`benchmarks/round_overhead.py` measures what it says: rounds of the forced lengths, and parts that do what a round does."""
+
+import importlib.util
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from absl import flags
+
+from eesd_jax import DecodeConfig, Engine, SamplingConfig
+from eesd_jax.config import DraftConfig
+from eesd_jax.decode.controllers import Beta, Calibration, Forced
+from eesd_jax.engine import Drafter
+from eesd_jax.model.exit_branch import init_exit_branch
+
+SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "round_overhead.py"
+BETA = Beta(prior_alpha=1.0, prior_beta=1.0, discount=0.9, idle_discount=1.0)
+PROMPTS = [[5, 9, 200, 31], [7]]
+
+
+@pytest.fixture(scope="module")
+def overhead():
+    """The benchmark's module; its flags are taken away afterwards, so that commands can define theirs."""
+    spec = importlib.util.spec_from_file_location("round_overhead", SCRIPT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
+        delattr(flags.FLAGS, flag.name)
+    del sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def lm() -> Engine:
+    model = tiny.loaded_model(num_hidden_layers=2)._replace(eos_ids=())
+    branch = init_exit_branch(model.config, model.params, 1, "zero")
+    return Engine(model, DecodeConfig(max_new_tokens=20), Drafter(branch, DraftConfig(1, 2, ()), Calibration(), trained=False))
+
+
+def test_every_round_and_every_part_is_measured(overhead, lm):
+    medians = overhead.measure(lm, ["forced", "beta"], batch=2, steps=2, repeats=1)
+    assert set(medians) == {"parts", "forced", "beta", "beta alone"}
+    assert set(medians["parts"]) == {"early", "exit", 3}
+    rows = overhead.result_rows(medians, lm.drafter.draft.widths)
+    assert [(row["controller"], row["drafts"], row["width"]) for row in rows] == [
+        (name, k, 3) for name in ("forced", "beta") for k in range(3)
+    ]
+    assert all(0 < row["round_ms"] < 1e4 for row in rows)
+
+
+def test_a_round_is_compared_with_its_parts(overhead):
+    medians = {"parts": {"early": 1e-3, "exit": 2e-3, 1: 10e-3, 3: 20e-3}, "beta": {0: 12e-3, 2: 33e-3}, "beta alone": {0: 1e-3, 2: 3e-3}}
+    none, two = overhead.result_rows(medians, (1, 3))
+    assert (none["parts_ms"], none["ratio"]) == pytest.approx((12.0, 1.0))
+    assert (two["parts_ms"], two["ratio"]) == pytest.approx((30.0, 1.1))
+
+
+@pytest.mark.parametrize("drafts", [0, 1, 2])
+def test_a_led_controller_drafts_as_told_and_learns_as_ever(overhead, lm, drafts):
+    """The posterior after some rounds is what the same rounds teach the controller by itself."""
+    state = lm.prefill(PROMPTS, [0, 1], 2, 20, overhead.Leading(BETA))
+    led = state.draft.controller._replace(length=jnp.full(2, drafts, jnp.int32))
+    state = lm.decode(state._replace(draft=state.draft._replace(controller=led)), SamplingConfig(), overhead.Leading(BETA), 3)
+    log = jax.device_get(state.draft.log)
+    np.testing.assert_array_equal(log.drafted[:, :3], drafts)
+    learned = BETA.init(2)
+    for drafted, accepted in zip(log.drafted.T[:3], log.accepted.T[:3], strict=True):
+        learned = BETA.update(learned, None, jnp.array(drafted), jnp.array(accepted))
+    np.testing.assert_allclose(state.draft.controller.inner.alpha, learned.alpha, rtol=1e-6)
+    np.testing.assert_allclose(state.draft.controller.inner.beta, learned.beta, rtol=1e-6)
+
+
+def test_the_parts_write_what_a_round_writes(overhead, lm):
+    """After a round without drafts and after its parts, the caches hold the same at the last committed token's place."""
+
+    def start():
+        return lm.prefill([[5, 9, 200, 31]], [0], 1, 20, Forced())
+
+    after = lm.decode(start(), SamplingConfig(), Forced(), 1)
+    parts = overhead.Parts(lm, overhead.greedy(1)).loops()
+    early = parts["early"](start(), jnp.int32(1))
+    written = after.cache.v[0][0, :, 3], early.cache.v[0][0, :, 3]
+    np.testing.assert_allclose(*written, rtol=1e-5)
+    assert np.abs(written[0]).max() > 0
+    assert (early.length == after.length - 1).all()  # parts commit nothing, so that they can be repeated
