@@ -26,6 +26,7 @@ from absl import flags
 import eesd_jax
 from eesd_jax import benchmark, cli, control, report
 from eesd_jax.config import DEMO_EXIT_LAYER, ControllerConfig, DecodeConfig, DraftConfig, ModelConfig
+from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.engine import Drafter, Engine
 from eesd_jax.errors import UserError
@@ -100,9 +101,9 @@ def make_branch(config: ModelConfig, params: llama.Params, kind: str) -> ExitBra
 def decode(engine: Engine, branch: ExitBranch, cell: Cell, prompts: Prompts) -> list[Generation]:
     """The answers to a batch of prompts; `plain` is a controller too."""
     name = cell.controller.replace("max_draft", str(cell.max_draft))
-    cost = tuple(1 + COST_PER_DRAFT * drafts for drafts in range(cell.max_draft + 1))
+    costs = RoundCosts(exit=tuple(1 + COST_PER_DRAFT * drafts for drafts in range(cell.max_draft + 1)), look_up=())
     spec = control.parse_controller(name, cell.max_draft)
-    controller = control.build_controller(spec, ControllerConfig(), Calibration(), cost)
+    controller = control.build_controller(spec, ControllerConfig(), Calibration(), costs)
     drafter = Drafter(branch, DraftConfig(DEMO_EXIT_LAYER, cell.max_draft), Calibration(), trained=False)
     drafting = Engine(engine.model, engine.decode_config, drafter)
     return drafting.generate_ids(prompts.tokens, seeds=range(len(prompts.ids)), batch_size=cell.batch_size, controller=controller)
@@ -165,7 +166,7 @@ def to_markdown(journal: Journal) -> str:
     identical = total["texts"] - total["excused"] - total["different"]
     sections.append(
         f"{total['texts']} texts, {total['tokens']} tokens: {identical} texts identical, {total['excused']} excused, {total['different']} "
-        f"different. {total['drafted']} tokens were drafted, {total['accepted']} accepted. "
+        f"different. {total['drafted']} tokens were drafted, {total['accepted']} accepted. Code {journal.settings['code']}. "
         + (f"Not complete: {missing} of {len(expected)} cells are missing, in part or altogether." if missing else "Complete.")
     )
     header = ("controller", "max_draft", "branch", "texts", "identical / excused / different", "drafts a round", "accepted")
@@ -194,6 +195,13 @@ def read(engine: Engine, files: Sequence[str]) -> Prompts:
     return Prompts(*map(list, zip(*sorted(found, key=lambda one: len(one[1])), strict=True)))
 
 
+def code_fingerprint() -> str:
+    """Of all code that decides which token comes next: what was run with other code says nothing of this one."""
+    package = pathlib.Path(eesd_jax.__file__).parent
+    files = [package / "engine.py", *sorted(package.glob("model/*.py")), *sorted(package.glob("decode/*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     for flag in ("prompts", "output_dir"):
@@ -205,6 +213,7 @@ def main(argv: Sequence[str]) -> None:
     longest = MIN_CAPACITY - FLAGS.new_tokens - (max(cell.max_draft for cell in all_cells()) + 1)
     chosen = {ALL: prompts, GRID: prompts.sample(GRID_PROMPTS, longest)}
     settings = {
+        "code": code_fingerprint(),
         "new_tokens": FLAGS.new_tokens,
         "texts": {name: len(some.ids) for name, some in chosen.items()},
         "prompts_sha256": hashlib.sha256(json.dumps(prompts).encode()).hexdigest()[:16],

@@ -5,8 +5,11 @@
 
 The parts, each in a jitted loop of its own with its caches in place: blocks 1..N on one token (k + 1 times in a round of k drafts); the
 exit block, its head and the draw of a draft (k times); at the compiled width that holds k + 1 tokens, blocks N+1..L, the head, acceptance;
-and what the controller computes. Rounds are those of the real program, with the number of drafts forced whatever the controller says; what
-it says is computed nevertheless. Everything takes turns, so that a drift of the machine's speed cancels; medians count.
+and what the controller computes. A part by itself finds its weights in the processor's caches, from which the other parts of a round have
+driven them. So there is also a bare round: the same parts one after the other, and nothing else.
+
+Rounds are those of the real program, with the number of drafts forced whatever the controller says; what it says is computed nevertheless.
+Each round is timed side by side with its parts, and medians of ratios count, so that whatever else the machine does meets both alike.
 """
 
 import dataclasses
@@ -23,7 +26,7 @@ from absl import flags
 
 import eesd_jax
 from eesd_jax import cli, control, cost_table, report
-from eesd_jax.config import ControllerConfig, SamplingConfig
+from eesd_jax.config import ControllerConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import verify
 from eesd_jax.decode.controllers import Calibration, Controller, Forced
 from eesd_jax.decode.sampling import Sampling, sample
@@ -94,8 +97,10 @@ class Parts:
         self.params, self.branch, self.sampling = engine.model.params, engine.drafter.branch, sampling
 
     def loops(self) -> dict[Any, Callable[[DecodeState, int], DecodeState]]:
-        """By name: "early", "exit", and the widths of verification."""
-        steps = {"early": self.early, "exit": self.exit} | {width: functools.partial(self.verify, width) for width in self.draft.widths}
+        """By name: "early", "exit", ("verify", width), and ("bare", drafts)."""
+        steps = {"early": self.early, "exit": self.exit}
+        steps |= {("verify", width): functools.partial(self.verify, width) for width in self.draft.widths}
+        steps |= {("bare", drafts): functools.partial(self.bare, drafts) for drafts in range(self.draft.max_draft + 1)}
 
         def loop(step: Callable, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState, times: jax.Array) -> DecodeState:
             return jax.lax.fori_loop(0, times, lambda _, state: step(params, branch, state), state)
@@ -137,13 +142,27 @@ class Parts:
         _, new_exit = exit_branch.run_exit_block(self.config, branch, h, start_B, None)
         none = jnp.zeros((batch, width - 1), jnp.int32)
         probs = jnp.zeros((batch, width - 1, branch.draft_ids.size), jnp.float32)
-        drafts = verify.Drafts(none, jnp.full(batch, width - 1), none, probs)
+        drafts = verify.Drafts(none, jnp.full(batch, width - 1), none, probs, jnp.zeros(batch, bool))
         verdict = verify.accept(state.row_keys, drafts, branch.draft_ids, llama.logits(self.config, params, x), self.sampling)
         late = kv.write(kv.KVCache(cache.k[depth:], cache.v[depth:]), new, start_B, after=x)
         exit_cache = kv.write(state.draft.exit_cache, new_exit, start_B, after=x)
         length = wait_for(state.length, verdict.token.astype(jnp.float32))
         cache = kv.KVCache(cache.k[:depth] + late.k, cache.v[:depth] + late.v)
         return state._replace(length=length, cache=cache, draft=state.draft._replace(exit_cache=exit_cache))
+
+    def bare(self, drafts: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
+        """The parts of a round of so many drafts, one after the other."""
+
+        def one_draft(_: jax.Array, state: DecodeState) -> DecodeState:
+            return self.early(params, branch, self.exit(params, branch, state))
+
+        state = jax.lax.fori_loop(0, drafts, one_draft, self.early(params, branch, state))
+        return self.verify(width_for(self.draft, drafts), params, branch, state)
+
+
+def width_for(draft: DraftConfig, drafts: int) -> int:
+    """The compiled width at which so many drafts are verified."""
+    return next(width for width in draft.widths if width > drafts)
 
 
 def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.Array) -> Any:
@@ -172,79 +191,89 @@ def seconds_of(work: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeats: int) -> dict[str, dict[Any, float]]:
-    """Seconds, medians: of the parts under "parts"; by drafts, of rounds under a controller's name, and of its own part behind " alone"."""
-    max_draft = engine.drafter.draft.max_draft
-    parts = Parts(engine, greedy(batch)).loops()
+class Sample(NamedTuple):
+    """Seconds of one round, of a bare one, and of the parts: early, exit and verify once each, decisions of the whole round."""
+
+    round: float
+    bare: float
+    early: float
+    exit: float
+    verify: float
+    decisions: float
+
+    def parts(self, drafts: int) -> float:
+        """Seconds of all parts of a round of so many drafts."""
+        return (drafts + 1) * self.early + drafts * self.exit + self.verify + self.decisions
+
+
+def made_up_controller(name: str, max_draft: int) -> Controller:
+    """The controller of that name, led; `forced` for one that computes nothing."""
+    if name == "forced":
+        return Leading(Forced())
+    costs = cost_table.RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
+    spec = control.parse_controller(name, max_draft)
+    return Leading(control.build_controller(spec, ControllerConfig(), Calibration(), costs))
+
+
+def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeats: int) -> dict[tuple[str, int], list[Sample]]:
+    """Samples of rounds under each controller with each number of drafts, one a repeat."""
+    draft, parts = engine.drafter.draft, Parts(engine, greedy(batch)).loops()
     prompts = [list(range(1, cost_table.PROMPT_TOKENS + 1))] * batch
-    budget = max(engine.decode_config.max_new_tokens, steps * (max_draft + 1) + 1)
-    cost = tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1))
-    times: dict[tuple[str, Any], list[float]] = {}
-
-    def built(name: str) -> Controller:
-        if name == "forced":
-            return Forced()
-        spec = control.parse_controller(name, max_draft)
-        return Leading(control.build_controller(spec, ControllerConfig(), Calibration(), cost))
-
-    controllers = {name: built(name) for name in names}
+    budget = max(engine.decode_config.max_new_tokens, steps * (draft.max_draft + 1) + 1)
+    controllers = {name: made_up_controller(name, draft.max_draft) for name in names}
     ask = jax.jit(controller_loop, static_argnums=(0, 2))
     start_state = functools.partial(engine.prefill, prompts, [0] * batch, batch, budget)
+
+    def time_part(name: Any) -> float:
+        state = jax.block_until_ready(start_state(Leading(Forced())))
+        # A short part is repeated more often, so that starting the program counts for as little as in a loop of rounds.
+        often = steps * (8 if name in ("early", "exit") else 1)
+        return seconds_of(lambda: parts[name](state, jnp.int32(often))) / often
+
+    def time_round(controller: Leading, drafts: int) -> float:
+        state = start_state(controller)
+        led = state.draft.controller._replace(length=jnp.full(batch, drafts, jnp.int32))
+        state = jax.block_until_ready(state._replace(draft=state.draft._replace(controller=led)))
+        return seconds_of(lambda: engine.decode(state, SamplingConfig(), controller, steps)) / steps
+
+    samples: dict[tuple[str, int], list[Sample]] = {}
     for repeat in range(repeats + 1):
-        measured = {}
-        for name, loop in parts.items():
-            state = jax.block_until_ready(start_state(Forced()))
-            measured["parts", name] = seconds_of(lambda loop=loop, state=state: loop(state, jnp.int32(steps)))
-        for drafts in range(max_draft + 1):
+        for drafts in range(draft.max_draft + 1):
+            others = ("early", "exit", ("verify", width_for(draft, drafts)))
             for name, controller in controllers.items():
-                state = start_state(controller)
-                length = jnp.full(batch, drafts, jnp.int32)
-                led = length if name == "forced" else state.draft.controller._replace(length=length)
-                state = jax.block_until_ready(state._replace(draft=state.draft._replace(controller=led)))
-                measured[name, drafts] = seconds_of(lambda c=controller, state=state: engine.decode(state, SamplingConfig(), c, steps))
-                if name != "forced":
-                    asked = functools.partial(ask, controller.inner, drafts, batch, jnp.int32(steps))
-                    measured[f"{name} alone", drafts] = seconds_of(asked)
-        if repeat > 0:  # the first time compiles
-            for key, value in measured.items():
-                times.setdefault(key, []).append(value / steps)
-    medians: dict[str, dict[Any, float]] = {}
-    for (group, item), values in times.items():
-        medians.setdefault(group, {})[item] = statistics.median(values)
-    return medians
+                asked = seconds_of(lambda c=controller.inner, k=drafts: ask(c, k, batch, jnp.int32(steps))) / steps
+                sample = Sample(time_round(controller, drafts), time_part(("bare", drafts)), *map(time_part, others), asked)
+                if repeat > 0:  # the first time compiles
+                    samples.setdefault((name, drafts), []).append(sample)
+    return samples
 
 
-def result_rows(medians: dict[str, dict[Any, float]], widths: Sequence[int]) -> list[dict[str, Any]]:
-    """One row for each controller and number of drafts: the round, the sum of its parts, and the ratio, in milliseconds."""
-    parts, rows = medians["parts"], []
-    for name in (name for name in medians if name != "parts" and not name.endswith(" alone")):
-        for drafts, seconds in medians[name].items():
-            width = next(width for width in widths if width > drafts)
-            own = medians.get(f"{name} alone", {}).get(drafts, 0.0)
-            total = (drafts + 1) * parts["early"] + drafts * parts["exit"] + parts[width] + own
-            row = {"controller": name, "drafts": drafts, "width": width, "round_ms": seconds * 1e3, "parts_ms": total * 1e3}
-            rows.append(row | {"controller_ms": own * 1e3, "ratio": seconds / total})
-    return rows
+def result_rows(samples: dict[tuple[str, int], list[Sample]]) -> list[dict[str, Any]]:
+    """One row for each controller and number of drafts; medians, in milliseconds, and those of a round's ratios to the others."""
+    rows = []
+    for (name, drafts), found in samples.items():
+        medians = Sample(*(1e3 * statistics.median(values) for values in zip(*found, strict=True)))
+        to_bare = statistics.median(sample.round / (sample.bare + sample.decisions) for sample in found)
+        to_parts = statistics.median(sample.round / sample.parts(drafts) for sample in found)
+        row = {"controller": name, "drafts": drafts} | medians._asdict() | {"parts": medians.parts(drafts)}
+        rows.append(row | {"ratio_to_bare": to_bare, "ratio_to_parts": to_parts})
+    return sorted(rows, key=lambda row: row["controller"])
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    loaded = eesd_jax.load("demo", dtype="float32", max_draft=FLAGS.max_draft)
+    loaded = eesd_jax.load("demo", dtype="float32", max_draft=FLAGS.max_draft, arms=["exit"])
     engine = Engine(loaded.model._replace(eos_ids=()), loaded.decode_config, loaded.drafter)
-    medians = measure(engine, FLAGS.controllers, FLAGS.batch_size, FLAGS.steps, FLAGS.repeats)
-    rows = result_rows(medians, engine.drafter.draft.widths)
-    names = {"early": "blocks 1..N on one token", "exit": "exit block, head, draw"}
-    lines = [(names.get(name, f"verify, width {name}"), f"{seconds * 1e3:.2f}") for name, seconds in medians["parts"].items()]
-    print(report.table(("part", "ms"), lines), "\n")
-    lines = []
-    for row in rows:
-        times = (f"{row[name]:.2f}" for name in ("round_ms", "parts_ms", "controller_ms", "ratio"))
-        lines.append((row["controller"], str(row["drafts"]), str(row["width"]), *times))
-    print(report.table(("controller", "drafts", "verify width", "round, ms", "sum of parts, ms", "of which controller", "ratio"), lines))
+    samples = measure(engine, FLAGS.controllers, FLAGS.batch_size, FLAGS.steps, FLAGS.repeats)
+    rows = result_rows(samples)
+    columns = ("drafts", "early", "exit", "verify", "decisions", "parts", "bare", "round", "ratio_to_parts", "ratio_to_bare")
+    lines = [(row["controller"], *(f"{row[name]:.2f}" if name != "drafts" else str(row[name]) for name in columns)) for row in rows]
+    header = ("controller", "drafts", "blocks 1..N", "exit and draw", "verify", "decisions", "sum of parts", "bare round", "round")
+    header += ("round / sum", "round / bare")
+    print(report.table(header, lines))
     if FLAGS.output:
         with cli.whole_file(FLAGS.output) as file:
-            parts = {str(name): seconds * 1e3 for name, seconds in medians["parts"].items()}
-            json.dump({"batch_size": FLAGS.batch_size, "parts_ms": parts, "rounds": rows}, file, indent=2)
+            json.dump({"batch_size": FLAGS.batch_size, "milliseconds": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

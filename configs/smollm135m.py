@@ -17,6 +17,7 @@ def get_config() -> ConfigDict:
     config.branch.exit_layer = 4
     config.branch.start = "next"
     config.branch.draft_vocab = 8192
+    config.loss.chunk = 64
     config.cache.enabled = True
     config.optimizer.learning_rate = 1e-3
     return config

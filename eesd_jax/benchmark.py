@@ -28,6 +28,7 @@ from eesd_jax import cost_table
 from eesd_jax.config import ModelConfig, SamplingConfig
 from eesd_jax.control import PLAIN
 from eesd_jax.conversations import encode
+from eesd_jax.decode.arms import ForcedArms
 from eesd_jax.decode.controllers import Controller, Forced
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import Engine
@@ -209,20 +210,21 @@ def _last_logits(config: ModelConfig, params: llama.Params, state: DecodeState) 
 
 def measure_costs(engine: Engine, batch: int) -> Costs:
     """What a round and a plain step cost; the plain step is timed in turns with a round that drafts nothing, and relative to it."""
-    rounds = cost_table.round_costs(engine, batch)
+    costs = cost_table.round_costs(engine, batch)
     endless = type(engine)(engine.model._replace(eos_ids=()), engine.decode_config, engine.drafter)
     prompts = [[i % engine.model.config.vocab_size for i in range(1, cost_table.PROMPT_TOKENS + 1)]] * batch
     budget = max(engine.decode_config.max_new_tokens, cost_table.ROUNDS + 1)
     ratios = []
     for _ in range(cost_table.REPEATS + 1):
         times = []
-        for controller in (None, Forced()):  # which drafts nothing unless told to
+        # Drafts nothing unless told to.
+        for controller in (None, ForcedArms() if engine.drafter.draft.longest_match else Forced()):
             state = jax.block_until_ready(endless.prefill(prompts, [0] * batch, batch, budget, controller))
             start = time.perf_counter()
             jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, cost_table.ROUNDS))
             times.append(time.perf_counter() - start)
         ratios.append(times[0] / times[1])
-    return Costs(rounds[0] * statistics.median(ratios[1:]), rounds)  # the first time compiles
+    return Costs(costs.exit[0] * statistics.median(ratios[1:]), costs.exit, costs.look_up)  # the first time compiles
 
 
 def describe_drafter(engine: Engine) -> dict[str, Any]:
@@ -230,8 +232,9 @@ def describe_drafter(engine: Engine) -> dict[str, Any]:
     drafter = engine.drafter
     return {
         "weights": fingerprint(engine.model.params)[:16],
-        "exit_branch": fingerprint(drafter.branch)[:16] if drafter else None,
+        "exit_branch": fingerprint(drafter.branch)[:16] if drafter and drafter.branch else None,
         "exit_layer": drafter.draft.exit_layer if drafter else None,
+        "longest_match": drafter.draft.longest_match if drafter else None,
         "max_draft": drafter.draft.max_draft if drafter else None,
     }
 

@@ -18,7 +18,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from eesd_jax import control
-from eesd_jax.config import DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, SamplingConfig
+from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # JAX and transformers take seconds, so they are imported whe
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that it misses PyTorch, which nothing here needs
 
+UNTRAINED = "The exit branch is untrained: no speed-up is to be expected of it."
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags defined here belong to the command that asked for them, and show in its --help
 
@@ -42,6 +43,7 @@ def define_model_flags() -> None:
         "What drafts: a folder or a hub id, none, or auto: the branch that comes with the model (for demo, while there is none, "
         "an untrained one).",
     )
+    flags.DEFINE_list("arms", list(ARMS), "What drafts: exit (the branch), lookup (in the text so far, which needs no branch), or both.")
     flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens to draft in a round.")
 
 
@@ -57,7 +59,7 @@ def define_generation_flags() -> None:
         "controller",
         None,
         f"How many tokens to draft: {control.CONTROLLERS} (plain: no speculation); "
-        f"default: {DEFAULT_CONTROLLER} with a trained exit branch, plain without.",
+        f"default: {DEFAULT_CONTROLLER} where something drafts, else plain.",
     )
     flags.DEFINE_integer("max_new_tokens", decode.max_new_tokens, "Budget of each answer, in tokens.")
     flags.DEFINE_float("temperature", sampling.temperature, "Randomness of the draw; 0 is greedy.")
@@ -90,6 +92,8 @@ def start_distributed() -> None:
     if present:
         if missing := [f"--{name}" for name in given if name not in present]:
             raise UserError(f"--{present[0]} is given without {' and '.join(missing)}; expected all three of them")
+        if FLAGS.num_processes < 1:
+            raise UserError(f"--num_processes is {FLAGS.num_processes}; expected an integer >= 1")
         if not 0 <= FLAGS.process_id < FLAGS.num_processes:
             raise UserError(f"--process_id is {FLAGS.process_id}; expected 0 to {FLAGS.num_processes - 1} (--num_processes less one)")
         try:
@@ -111,6 +115,10 @@ def sampling_from_flags() -> SamplingConfig:
 
 def check_generation_flags() -> None:
     """Finds what is wrong with the flags before anything slow is started."""
+    try:
+        control.parse_arms(FLAGS.arms)
+    except UserError as error:
+        raise UserError(f"--arms: {error}") from None
     for name in ("max_new_tokens", "batch_size", "max_draft"):
         if FLAGS[name].value < 1:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= 1")
@@ -127,9 +135,11 @@ def check_controller(name: str, flag: str) -> None:
         kind = control.parse_controller(name, FLAGS.max_draft).kind
     except UserError as error:
         raise UserError(f"{flag} is {name!r}; {error}") from None
-    if kind == control.PLAIN:
+    if kind == control.PLAIN or ("lookup" in FLAGS.arms and kind in control.WITHOUT_BRANCH):
         return
     expected = f"expected --controller={control.PLAIN}, or --exit_branch with a folder or a hub id"
+    if "exit" not in FLAGS.arms:
+        raise UserError(f"{flag} is {name!r}, which needs the exit branch, and --arms is 'lookup'; expected plain, fixed:K or cost_aware")
     if FLAGS.exit_branch == "none":
         raise UserError(f"{flag} is {name!r}, which needs an exit branch, and --exit_branch is 'none'; {expected}")
     if FLAGS.exit_branch == "auto" and FLAGS.model != hub.DEMO_NAME:
@@ -153,6 +163,7 @@ def load_from_flags() -> "Engine":
             decode_config=DecodeConfig(max_new_tokens=FLAGS.max_new_tokens, batch_size=FLAGS.batch_size, seed=FLAGS.seed),
             exit_branch=exit_branch,
             max_draft=FLAGS.max_draft,
+            arms=FLAGS.arms,
         )
     if FLAGS.chat and not engine.has_chat_template:
         raise UserError(f"--chat is given, but model {FLAGS.model!r} has no chat template; expected --nochat (plain text) or a chat model")
@@ -164,13 +175,12 @@ def load_from_flags() -> "Engine":
 
 def controller_from_flags(engine: "Engine", batch: int) -> "Controller | None":
     """The controller that the flags ask for, for `batch` rows at once; None for plain decoding."""
-    trained = engine.drafter is not None and engine.drafter.trained
-    return build_controller(engine, FLAGS.controller or (DEFAULT_CONTROLLER if trained else control.PLAIN), batch)
+    return build_controller(engine, FLAGS.controller or (DEFAULT_CONTROLLER if engine.drafter else control.PLAIN), batch)
 
 
 def build_controller(engine: "Engine", name: str, batch: int) -> "Controller | None":
     """The controller of that name; a terminal is told what it waits for."""
-    waits = name == "cost_aware"  # once a machine
+    waits = name != control.PLAIN  # once a machine
     with notice(f"timing rounds for {name} ...") if waits else contextlib.nullcontext():
         return engine.controller(name, batch=batch)
 
@@ -299,7 +309,7 @@ def _fail(message: str) -> NoReturn:
 def _flag_error(error: flags.Error) -> str:
     """What absl found, in our words: the value, and what was expected."""
     message = str(error).splitlines()[0]
-    if bad_value := re.match(r"flag --(\w+)=(.*?): ", message):
+    if bad_value := re.match(r"flag --([\w.]+)=(.*?): ", message):
         name, value = bad_value.groups()
         expected = "true or false" if FLAGS[name].boolean else FLAGS[name].parser.syntactic_help or "another value"
         return f"--{name} is {value!r}; expected {expected}"

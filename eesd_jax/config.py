@@ -259,11 +259,15 @@ class DraftConfig:
 
     Verification is compiled for a few widths (drafts + 1), so that its cost follows the drafts. Each costs compile time, and kernels work
     on several rows at once, so not every width is worth a program of its own.
+
+    exit_layer: N; any number from 0 where there is no branch. longest_match: tokens that lookup asks a match to have in common with the
+    end of the text, at most; 0 for no lookup.
     """
 
     exit_layer: int
     max_draft: int = 8
     verify_widths: tuple[int, ...] = (1, 2, 3, 5, 9, 17)
+    longest_match: int = 0
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -274,8 +278,10 @@ class DraftConfig:
 # Where the built-in model has no trained branch yet: an exit after this block, started so, and with the whole vocabulary.
 DEMO_EXIT_LAYER = 4
 DEMO_START = "zero"
-# For a trained branch; an untrained one only costs time.
-DEFAULT_CONTROLLER = "beta"
+ARMS = ("exit", "lookup")  # what can draft: the exit branch, and lookup in the text so far
+LONGEST_MATCH = 3
+# Wherever there is anything to draft with.
+DEFAULT_CONTROLLER = "cost_aware"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -364,6 +370,15 @@ class DataConfig:
     max_examples: int = 0
 
 
+def _check_at_least(group: str, config: Any, **least: int) -> None:
+    """Raises UserError for a field of a group of the experiment that is no finite number, or below its least value."""
+    for name, lowest in least.items():
+        value = getattr(config, name)
+        if not lowest <= value < math.inf:
+            kind = "an integer" if isinstance(value, int) else "a number"
+            raise UserError(f"{group}.{name} is {value}; expected {kind} >= {lowest}")
+
+
 LOSSES = ("soft", "reverse_kl", "total_variation", "hard", "regression")
 
 
@@ -388,11 +403,15 @@ class LossConfig:
                 raise UserError(f"loss.{name} is {value}; expected a weight >= 0")
         if not any(getattr(self, name) for name in LOSSES):
             raise UserError(f"the weights of all losses are 0; expected a positive one among {', '.join(LOSSES)}")
+        _check_at_least("loss", self, chunk=1)
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay to `final_share` of the peak."""
+    """AdamW (Loshchilov & Hutter 2019) with linear warm-up and cosine decay to `final_share` of the peak.
+
+    clip_norm: of the gradient; 0 for no clipping. accumulate: parts that a batch is taken in, one after the other.
+    """
 
     learning_rate: float = 1e-3
     warmup_steps: int = 100
@@ -402,6 +421,13 @@ class OptimizerConfig:
     beta2: float = 0.95
     clip_norm: float = 1.0
     accumulate: int = 1
+
+    def __post_init__(self):
+        _check_at_least("optimizer", self, learning_rate=0, warmup_steps=0, weight_decay=0, clip_norm=0, accumulate=1)
+        for name, most in (("beta1", "below 1"), ("beta2", "below 1"), ("final_share", "to 1")):
+            value = getattr(self, name)
+            if not (0 <= value < 1 or (value == 1 and most == "to 1")):
+                raise UserError(f"optimizer.{name} is {value}; expected a number from 0 {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -436,16 +462,27 @@ class CacheConfig:
     dtype: str = "float16"
     path: str = ""
 
+    def __post_init__(self):
+        if self.dtype not in ("float16", "float32"):
+            raise UserError(f"cache.dtype is {self.dtype!r}; expected float16 or float32")
+
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    """What is looked at every `every` steps: held-out loss, and rollouts of the real decoder on held-out prompts."""
+    """What is looked at every `every` steps and at the end: held-out loss, and rollouts of the real decoder on held-out prompts.
+
+    every: 0 for at the end only. batches: of held-out rows. rollouts: prompts; 0 for none. rollout_tokens: of each text.
+    rollout_draft: tokens drafted in a round.
+    """
 
     every: int = 500
     batches: int = 8
     rollouts: int = 8
     rollout_tokens: int = 64
     rollout_draft: int = 4
+
+    def __post_init__(self):
+        _check_at_least("evaluation", self, every=0, batches=0, rollouts=0, rollout_tokens=1, rollout_draft=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -454,6 +491,9 @@ class CheckpointConfig:
 
     every: int = 500
     keep: int = 2
+
+    def __post_init__(self):
+        _check_at_least("checkpoint", self, every=1, keep=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,15 +2,18 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from eesd_jax.config import ControllerConfig
+from eesd_jax.config import ARMS, ControllerConfig
 from eesd_jax.errors import UserError
 
 if TYPE_CHECKING:
+    from eesd_jax.cost_table import RoundCosts
     from eesd_jax.decode.controllers import Calibration, Controller
 
 PLAIN = "plain"  # no speculation
+WITHOUT_BRANCH = ("plain", "fixed", "cost_aware")  # kinds that can go by lookup alone
 CONTROLLERS = "plain, fixed:K, threshold:t, beta, beta:plain, calibrated, cost_aware"
 
 
@@ -45,28 +48,69 @@ def parse_controller(name: str, max_draft: int) -> ControllerSpec:
     raise unknown
 
 
+def parse_arms(names: Sequence[str]) -> tuple[str, ...]:
+    """Checks the sources of drafts.
+
+    Raises:
+      UserError: none, or one that there is not.
+    """
+    unknown = [name for name in names if name not in ARMS]
+    if unknown or not names:
+        raise UserError(f"arms are {','.join(names)!r}; expected one or more of {', '.join(ARMS)}")
+    return tuple(arm for arm in ARMS if arm in names)
+
+
 def build_controller(
-    spec: ControllerSpec, settings: ControllerConfig, calibration: "Calibration", cost: tuple[float, ...] | None
+    spec: ControllerSpec,
+    settings: ControllerConfig,
+    calibration: "Calibration",
+    costs: "RoundCosts | None",
+    *,
+    has_branch: bool = True,
+    longest_match: int = 0,
 ) -> "Controller | None":
     """The controller of a spec; None for plain decoding.
 
     Args:
       calibration: of the branch's confidence.
-      cost: seconds of a round with 0, 1, ... max_draft drafts; only `cost_aware` needs it.
+      costs: of rounds; only `cost_aware`, and the choice between sources, need them.
+      has_branch: whether there is an exit branch.
+      longest_match: of lookup, 0 where it is not used.
     """
+    if spec.kind == PLAIN:
+        return None
+    inner = _branch_controller(spec, settings, calibration, costs) if has_branch else None
+    if not longest_match:
+        return inner
+    from eesd_jax.decode.arms import Arms
+
+    fixed = spec.value if spec.kind == "fixed" and not has_branch else None
+    exit_cost, look_cost = (costs.exit, costs.look_up) if costs else ((), ())
+    return Arms(inner, longest_match, exit_cost, look_cost, **_prior(settings), fixed=fixed)
+
+
+def needs_costs(spec: ControllerSpec, *, has_branch: bool, longest_match: int) -> bool:
+    """Whether a controller of that spec is built from measured costs."""
+    return spec.kind == "cost_aware" or (spec.kind != PLAIN and has_branch and longest_match > 0)
+
+
+def _prior(settings: ControllerConfig) -> dict[str, float]:
+    return {name: getattr(settings, name) for name in ("prior_alpha", "prior_beta", "discount", "idle_discount")}
+
+
+def _branch_controller(
+    spec: ControllerSpec, settings: ControllerConfig, calibration: "Calibration", costs: "RoundCosts | None"
+) -> "Controller":
     from eesd_jax.decode.controllers import Beta, Calibrated, CostAware, Fixed, Threshold  # JAX, which who only parses names does without
 
-    prior = {name: getattr(settings, name) for name in ("prior_alpha", "prior_beta", "discount", "idle_discount")}
     match spec.kind:
-        case "plain":
-            return None
         case "fixed":
             return Fixed(spec.value)
         case "threshold":
             return Threshold(spec.value)
         case "beta":
-            return Beta(**prior, censored=spec.value != "plain")
+            return Beta(**_prior(settings), censored=spec.value != "plain")
         case "calibrated":
-            return Calibrated(**prior, calibration=calibration, kappa=settings.kappa, capacity=settings.capacity)
+            return Calibrated(**_prior(settings), calibration=calibration, kappa=settings.kappa, capacity=settings.capacity)
         case _:
-            return CostAware(**prior, calibration=calibration, cost=cost)
+            return CostAware(**_prior(settings), calibration=calibration, cost=costs.exit)

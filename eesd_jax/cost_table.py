@@ -12,12 +12,13 @@ import statistics
 import tempfile
 import time
 import warnings
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from eesd_jax.config import SamplingConfig
+from eesd_jax.decode.arms import ForcedArms
 from eesd_jax.decode.controllers import Forced
 from eesd_jax.weights import hub
 
@@ -27,42 +28,60 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 32
 ROUNDS = 4  # timed together
 REPEATS = 5  # of which the median counts
+_VERSION = 2  # of what is timed: raised when the decoder's speed changes
 
 
-def round_costs(engine: "Engine", batch: int) -> tuple[float, ...]:
-    """Seconds of a round with 0, 1, ... max_draft drafts for `batch` rows, from the user's cache or measured now (some seconds).
+class RoundCosts(NamedTuple):
+    """Seconds of a round with 0, 1, ... max_draft drafts. exit: of the exit branch. look_up: from lookup; empty where there is none."""
+
+    exit: tuple[float, ...]
+    look_up: tuple[float, ...]
+
+
+def round_costs(engine: "Engine", batch: int) -> RoundCosts:
+    """What rounds of `batch` rows cost, from the user's cache or measured now (some seconds).
 
     A file that cannot be read, or does not hold as many positive numbers, is measured again and replaced. A cache folder that cannot be
     written to is warned of.
     """
     shape = _shape(engine, batch)
     path = hub.cache_dir() / "costs" / f"{hashlib.sha256(shape.encode()).hexdigest()[:16]}.json"
-    costs = _read(path, engine.drafter.draft.max_draft + 1)
+    draft = engine.drafter.draft
+    counts = RoundCosts(draft.max_draft + 1, draft.max_draft + 1 if draft.longest_match else 0)
+    costs = _read(path, counts)
     if costs is None:
         costs = measure(engine, batch)
-        _write(path, {"seconds": costs, "shape": shape})
+        _write(path, costs._asdict() | {"shape": shape})
     return costs
 
 
-def measure(engine: "Engine", batch: int) -> tuple[float, ...]:
+def measure(engine: "Engine", batch: int) -> RoundCosts:
     """Times rounds of the real program, greedy, with the number of drafts forced.
 
-    Lengths take turns, so that a drift of the machine's speed does not favour one.
+    Lengths take turns, so that a drift of the machine's speed does not favour one. Without a branch its costs are those of a round
+    without drafts.
     """
     endless = type(engine)(engine.model._replace(eos_ids=()), engine.decode_config, engine.drafter)
-    max_draft = engine.drafter.draft.max_draft
+    draft = engine.drafter.draft
     prompts = [[i % engine.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
-    times: list[list[float]] = [[] for _ in range(max_draft + 1)]
+    controller = ForcedArms() if draft.longest_match else Forced()
+    lengths = range(draft.max_draft + 1)
+    forced = [*lengths, *(-length for length in lengths if length and draft.longest_match)]  # negative: from lookup
+    if engine.drafter.branch is None:
+        forced = [length for length in forced if length <= 0]
+    times: dict[int, list[float]] = {length: [] for length in forced}
     for repeat in range(REPEATS + 1):
-        for drafts in range(max_draft + 1):
-            state = endless.prefill(prompts, [0] * batch, batch, _budget(engine), Forced())
-            state = state._replace(draft=state.draft._replace(controller=jnp.full(batch, drafts, jnp.int32)))
+        for length in forced:
+            state = endless.prefill(prompts, [0] * batch, batch, _budget(engine), controller)
+            state = state._replace(draft=state.draft._replace(controller=jnp.full(batch, length, jnp.int32)))
             jax.block_until_ready(state)
             start = time.perf_counter()
-            jax.block_until_ready(endless.decode(state, SamplingConfig(), Forced(), ROUNDS))
+            jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, ROUNDS))
             if repeat > 0:  # the first time compiles
-                times[drafts].append((time.perf_counter() - start) / ROUNDS)
-    return tuple(statistics.median(values) for values in times)
+                times[length].append((time.perf_counter() - start) / ROUNDS)
+    medians = {length: statistics.median(values) for length, values in times.items()}
+    exits = tuple(medians.get(length, medians[0]) for length in lengths)
+    return RoundCosts(exits, tuple(medians[-length] for length in lengths) if draft.longest_match else ())
 
 
 def _budget(engine: "Engine") -> int:
@@ -76,9 +95,11 @@ def _shape(engine: "Engine", batch: int) -> str:
 
     device, model, drafter = jax.devices()[0], engine.model, engine.drafter
     longest_text = min(PROMPT_TOKENS + _budget(engine), model.config.context_length) + drafter.draft.max_draft + 1
-    embed, head = model.params["embed"], drafter.branch.head
+    embed = model.params["embed"]
+    head = None if drafter.branch is None else (drafter.branch.head.shape, str(drafter.branch.head.dtype))
     return repr(
         (
+            _VERSION,
             device.device_kind,
             os.cpu_count(),
             jax.__version__,
@@ -86,23 +107,25 @@ def _shape(engine: "Engine", batch: int) -> str:
             str(embed.dtype),
             len(embed.sharding.device_set),
             drafter.draft,
-            head.shape,
-            str(head.dtype),
+            head,
             batch,
             bucket_shapes(engine.decode_config, PROMPT_TOKENS, longest_text),
         )
     )
 
 
-def _read(path: pathlib.Path, count: int) -> tuple[float, ...] | None:
-    """The `count` costs that a file holds, or None where it does not."""
+def _read(path: pathlib.Path, counts: RoundCosts) -> RoundCosts | None:
+    """The costs that a file holds, or None where it does not hold as many."""
     try:
-        costs = json.loads(path.read_text(encoding="utf-8"))["seconds"]
+        content = json.loads(path.read_text(encoding="utf-8"))
+        costs = RoundCosts(*(content[name] for name in RoundCosts._fields))
     except (OSError, ValueError, TypeError, LookupError):
         return None
-    if not isinstance(costs, list) or len(costs) != count:
+    if not all(isinstance(values, list) and len(values) == count for values, count in zip(costs, counts, strict=True)):
         return None
-    return tuple(costs) if all(isinstance(cost, float) and 0 < cost < math.inf for cost in costs) else None
+    if not all(isinstance(cost, float) and 0 < cost < math.inf for values in costs for cost in values):
+        return None
+    return RoundCosts(*(tuple(values) for values in costs))
 
 
 def _write(path: pathlib.Path, content: dict[str, object]) -> None:

@@ -18,7 +18,17 @@ import numpy as np
 from jax.sharding import Mesh
 
 from eesd_jax import control, cost_table
-from eesd_jax.config import DEMO_EXIT_LAYER, DEMO_START, ControllerConfig, DecodeConfig, DraftConfig, ModelConfig, SamplingConfig
+from eesd_jax.config import (
+    ARMS,
+    DEMO_EXIT_LAYER,
+    DEMO_START,
+    LONGEST_MATCH,
+    ControllerConfig,
+    DecodeConfig,
+    DraftConfig,
+    ModelConfig,
+    SamplingConfig,
+)
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.decode.sampling import Sampling
@@ -55,7 +65,7 @@ def _decode_speculative(
     controller: Controller,
     eos_ids: jax.Array,
     params: llama.Params,
-    branch: ExitBranch,
+    branch: ExitBranch | None,
     sampling: Sampling,
     state: DecodeState,
     max_steps: jax.Array,
@@ -82,6 +92,7 @@ def load(
     decode_config: DecodeConfig = DecodeConfig(),
     exit_branch: str = "auto",
     max_draft: int = DraftConfig.max_draft,
+    arms: Sequence[str] = ARMS,
 ) -> "Engine":
     """Loads a model and its exit branch, ready to generate.
 
@@ -91,8 +102,9 @@ def load(
       mesh: a `data` x `fsdp` x `tensor` mesh to place the weights on; by default one device.
       decode_config: defaults of generation and its buckets.
       exit_branch: a folder or a hub id; `none`; or `auto`: the branch that this package carries for the model, for `demo` otherwise an
-        untrained one, and for other models none (which is warned of: only plain decoding is to be had then).
+        untrained one, and for other models none (which is warned of).
       max_draft: the most tokens that a round may draft, at least 1.
+      arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none.
 
     Raises:
       UserError: the model or the branch cannot be found or used; the message says why.
@@ -103,6 +115,10 @@ def load(
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    arms = control.parse_arms(arms)
+    longest_match = LONGEST_MATCH if "lookup" in arms else 0
+    if "exit" not in arms:
+        exit_branch = "none"
     # Before the model, which can take minutes.
     folder = None
     if exit_branch == "auto":
@@ -111,22 +127,24 @@ def load(
     elif exit_branch != "none":
         folder = branch_folder.BranchFolder(branch_folder.find_branch(exit_branch))
     target = load_model(model, jnp.dtype(dtype), mesh)
+    draft = DraftConfig(0, max_draft, longest_match=longest_match)
     if folder is not None:
-        drafter = _read_drafter(folder, target, mesh, max_draft)
+        drafter = _read_drafter(folder, target, mesh, draft)
     elif exit_branch == "auto" and model == hub.DEMO_NAME:
         branch = init_exit_branch(target.config, target.params, DEMO_EXIT_LAYER, DEMO_START)
-        drafter = Drafter(branch, DraftConfig(DEMO_EXIT_LAYER, max_draft), Calibration(), trained=False)
+        drafter = Drafter(branch, dataclasses.replace(draft, exit_layer=DEMO_EXIT_LAYER), Calibration(), trained=False)
     else:
-        drafter = None
+        drafter = Drafter(None, draft, Calibration(), trained=False) if longest_match else None
         if exit_branch == "auto":
-            warnings.warn(f"no exit branch comes with model {model!r}: decoding will be plain", stacklevel=2)
+            what = "drafts come from lookup alone" if longest_match else "decoding will be plain"
+            warnings.warn(f"no exit branch comes with model {model!r}: {what}", stacklevel=2)
     return Engine(target, decode_config, drafter)
 
 
-def _read_drafter(folder: branch_folder.BranchFolder, target: LoadedModel, mesh: Mesh | None, max_draft: int) -> "Drafter":
+def _read_drafter(folder: branch_folder.BranchFolder, target: LoadedModel, mesh: Mesh | None, draft: DraftConfig) -> "Drafter":
     branch, info = folder.load(target.config, target.params, mesh)
     calibration = Calibration(info.calibration_slope, info.calibration_intercept)
-    return Drafter(branch, DraftConfig(info.exit_layer, max_draft), calibration, trained=bool(info.training))
+    return Drafter(branch, dataclasses.replace(draft, exit_layer=info.exit_layer), calibration, trained=bool(info.training))
 
 
 def use_compilation_cache() -> None:
@@ -137,12 +155,13 @@ def use_compilation_cache() -> None:
 
 
 class Drafter(NamedTuple):
-    """An exit branch and how it is used.
+    """What drafts, and how.
 
-    branch: its weights. draft: where it stands, and how much it may draft. calibration: of its confidence. trained: whether it ever was.
+    branch: the weights of the exit branch, None where only lookup drafts. draft: where the branch stands, and how much may be drafted.
+    calibration: of the branch's confidence. trained: whether it ever was.
     """
 
-    branch: ExitBranch
+    branch: ExitBranch | None
     draft: DraftConfig
     calibration: Calibration
     trained: bool
@@ -154,7 +173,7 @@ class Engine:
     Attributes:
       model: the target.
       decode_config: defaults of generation and its buckets.
-      drafter: the exit branch, or None (then only plain decoding is to be had).
+      drafter: what drafts, or None (then only plain decoding is to be had).
     """
 
     def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig(), drafter: Drafter | None = None):
@@ -293,17 +312,26 @@ class Engine:
         """The controller of that name (`eesd_jax.control.CONTROLLERS`), None for `plain`.
 
         Args:
-          batch: rows that will be generated at once; `cost_aware` measures what its rounds cost, the first time on this machine.
+          batch: rows that will be generated at once; what rounds of so many rows cost is measured, where the controller needs it, the
+            first time on this machine.
 
         Raises:
-          UserError: an unknown name or value, or no exit branch to draft with.
+          UserError: an unknown name or value, or nothing to draft with.
         """
-        spec = control.parse_controller(name, self.drafter.draft.max_draft if self.drafter else DraftConfig.max_draft)
-        if spec.kind != "plain" and self.drafter is None:
-            raise UserError(f"controller {name!r} needs an exit branch, and none is loaded; expected plain")
-        calibration = self.drafter.calibration if self.drafter else Calibration()
-        cost = cost_table.round_costs(self, batch) if spec.kind == "cost_aware" else None
-        return control.build_controller(spec, ControllerConfig(), calibration, cost)
+        drafter = self.drafter
+        spec = control.parse_controller(name, drafter.draft.max_draft if drafter else DraftConfig.max_draft)
+        if spec.kind == control.PLAIN:
+            return None
+        if drafter is None:
+            raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
+        has_branch, longest_match = drafter.branch is not None, drafter.draft.longest_match
+        if not has_branch and spec.kind not in control.WITHOUT_BRANCH:
+            raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; expected plain, fixed:K or cost_aware")
+        needs_costs = control.needs_costs(spec, has_branch=has_branch, longest_match=longest_match)
+        costs = cost_table.round_costs(self, batch) if needs_costs else None
+        return control.build_controller(
+            spec, ControllerConfig(), drafter.calibration, costs, has_branch=has_branch, longest_match=longest_match
+        )
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int, controller: Controller | None = None

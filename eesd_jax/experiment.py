@@ -7,6 +7,8 @@ at once, so that every other module works with typed, frozen, checked dataclasse
 import dataclasses
 import pathlib
 import re
+import runpy
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +19,7 @@ from eesd_jax.config import ExperimentConfig
 from eesd_jax.errors import UserError
 
 _FLAG = "config"
+_FORM = "a function get_config() that changes what it wants of base_config() and returns it"
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
 
 
@@ -47,6 +50,7 @@ def check_config_arguments(argv: Sequence[str]) -> None:
     path = paths[-1]
     if not pathlib.Path(path.partition(":")[0]).is_file():
         raise UserError(f"--config is {path!r}, and there is no such file; expected a config file, as in configs/tiny.py")
+    _try_file(path)
     for field in fields:
         node: Any = base_config()
         for name in field.split("."):
@@ -56,6 +60,25 @@ def check_config_arguments(argv: Sequence[str]) -> None:
             node = node[name]
         if isinstance(node, ConfigDict):
             raise UserError(f"--config.{field} is a group of fields; expected one of {', '.join(sorted(node))} behind it")
+
+
+def _try_file(path: str) -> None:
+    """Runs a config file, as absl will do again: what goes wrong there it shows as a traceback, or only when the config is used."""
+    name, _, argument = path.partition(":")
+    try:
+        get_config = runpy.run_path(name).get("get_config")
+        config = None if get_config is None else get_config(argument) if argument else get_config()
+    except Exception as error:  # whatever the author's code raises
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == name]
+        if isinstance(error, SyntaxError) and error.filename == name:
+            lines = [error.lineno]
+        where = f", line {lines[-1]}" if lines else ""
+        reason = error.msg if isinstance(error, SyntaxError) else str(error).strip().split("\n\n")[0]
+        raise UserError(f"config file {name}{where}: {type(error).__name__}: {reason}; expected {_FORM}") from None
+    if get_config is None:
+        raise UserError(f"config file {name} has no get_config; expected {_FORM}")
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"config file {name}: get_config() gives {config!r}; expected {_FORM}")
 
 
 def config_from_flags() -> ExperimentConfig:
@@ -70,8 +93,6 @@ def to_dataclass(config: ConfigDict, source: str) -> ExperimentConfig:
     Raises:
       UserError: names a field that is unknown, or whose value has another type than its default.
     """
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"{source}: get_config() gives a {type(config).__name__}; expected the ConfigDict of base_config()")
     return _build(ExperimentConfig, config.to_dict(), source, "")
 
 

@@ -16,12 +16,18 @@ class Rounds:
       accepted: drafts that became text.
       committed: tokens that became text: accepted + 1, or accepted where the text ended within the drafts.
       mean: the controller's expected acceptance of a draft before the round; NaN where it has no such belief.
+      looked_up: whether the drafts came from lookup in the text, not from the exit branch; none by default.
     """
 
     drafted: np.ndarray
     accepted: np.ndarray
     committed: np.ndarray
     mean: np.ndarray
+    looked_up: np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.looked_up is None:
+            object.__setattr__(self, "looked_up", np.zeros(len(self.drafted), bool))
 
     @classmethod
     def plain(cls, num_tokens: int) -> "Rounds":
@@ -39,16 +45,18 @@ class Rounds:
     def from_json(cls, values: dict[str, list]) -> "Rounds":
         """What `to_json` was made of."""
         counts = (np.array(values[name], np.int64) for name in ("drafted", "accepted", "committed"))
-        return cls(*counts, np.array(values["mean"], np.float64))  # None becomes NaN
+        looked_up = np.array(values["looked_up"], bool) if "looked_up" in values else None
+        return cls(*counts, np.array(values["mean"], np.float64), looked_up)  # None becomes NaN
 
     def to_json(self) -> dict[str, list[Any]]:
-        """Lists; a belief to four digits, None for NaN."""
-        counts = {name: getattr(self, name).tolist() for name in ("drafted", "accepted", "committed")}
-        return counts | {"mean": [None if np.isnan(mean) else round(float(mean), 4) for mean in self.mean]}
+        """Lists; a belief to four digits, None for NaN; `looked_up` as 0 and 1, left out where there was no lookup."""
+        values = {name: getattr(self, name).tolist() for name in ("drafted", "accepted", "committed")}
+        values["mean"] = [None if np.isnan(mean) else round(float(mean), 4) for mean in self.mean]
+        return values | ({"looked_up": self.looked_up.astype(int).tolist()} if self.looked_up.any() else {})
 
     @property
     def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.drafted, self.accepted, self.committed, self.mean
+        return self.drafted, self.accepted, self.committed, self.mean, self.looked_up
 
     def cut(self, num_tokens: int) -> "Rounds":
         """The rounds that gave the first `num_tokens` tokens; the last of them counts for as many as it gave of those."""
@@ -57,7 +65,8 @@ class Rounds:
         count = int(np.searchsorted(np.cumsum(self.committed), num_tokens)) + 1
         committed = self.committed[:count].copy()
         committed[-1] -= committed.sum() - num_tokens
-        return Rounds(self.drafted[:count], np.minimum(self.accepted[:count], committed), committed, self.mean[:count])
+        kept = np.minimum(self.accepted[:count], committed)
+        return Rounds(self.drafted[:count], kept, committed, self.mean[:count], self.looked_up[:count])
 
     @property
     def tested(self) -> np.ndarray:

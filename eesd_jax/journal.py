@@ -71,10 +71,11 @@ class Divergence:
 
 
 class Costs(NamedTuple):
-    """plain: seconds of a plain step. rounds: seconds of a round with 0, 1, ... max_draft drafts."""
+    """Seconds. plain: of a plain step. rounds, look_up: of a round with 0, 1, ... max_draft drafts, of the exit branch and from lookup."""
 
     plain: float
     rounds: tuple[float, ...]
+    look_up: tuple[float, ...] = ()
 
 
 def _line(kind: str, value: Any) -> bytes:

@@ -48,14 +48,18 @@ def training(records: Sequence[dict[str, Any]]) -> bytes:
     """PNG of a training run's curves, from the lines of its `metrics.jsonl`: on training text (pale) and on held-out text (dots)."""
     panels = (("loss", "loss"), ("agreement", "agreement"), ("overlap", "overlap, 1 - TV"), ("tokens_per_round", "tokens per round"))
     figure = Figure((10.0, 6.5), layout="constrained")
-    for axes, (name, title), colour in zip(figure.subplots(2, 2).ravel(), panels, _COLOURS, strict=False):
+    grid = figure.subplots(2, 2, sharex=True)
+    for axes, (name, title), colour in zip(grid.ravel(), panels, _COLOURS, strict=False):
         for field, style in ((name, {"alpha": 0.35, "linewidth": 1.0}), (f"held_out/{name}", {"marker": "o", "markersize": 4})):
             points = [(record["step"], record[field]) for record in records if field in record]
             if points:
                 axes.plot(*zip(*points, strict=True), color=colour, **style)
-        axes.set(title=title, xlabel="step")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set(title=title)
         _plain_style(axes)
+    for axes in grid[-1]:
+        axes.set(xlabel="step", xlim=(0, None))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    figure.suptitle("on training text (pale) and on held-out text (dots)", fontsize="medium")
     return _png(figure)
 
 

@@ -115,10 +115,18 @@ def scored_seconds(run: Run, costs: Costs, field: str = "drafted") -> float:
     """
     if run.controller == PLAIN:
         return costs.plain * _longest(run)
-    lengths = np.zeros((len(run.answers), _longest(run)), np.int64)
-    for row, answer in zip(lengths, run.answers, strict=True):
-        row[: len(answer.log.committed)] = getattr(answer.log, field)
-    return float(np.sum(np.asarray(costs.rounds)[lengths.max(axis=0)]))
+    drafts = {source: np.zeros((len(run.answers), _longest(run)), np.int64) for source in ("branch", "lookup")}
+    for i, answer in enumerate(run.answers):
+        lengths, looked_up = getattr(answer.log, field), answer.log.looked_up
+        drafts["branch"][i, : len(lengths)] = np.where(looked_up, 0, lengths)
+        drafts["lookup"][i, : len(lengths)] = np.where(looked_up, lengths, 0)
+    by_branch, by_lookup = (lengths.max(axis=0) for lengths in drafts.values())
+    seconds = np.asarray(costs.rounds)[by_branch]
+    if costs.look_up:
+        # What the wider pass for looked-up drafts adds to a round in which the branch drafts for other rows.
+        look_up = np.asarray(costs.look_up)
+        seconds = seconds + look_up[by_lookup] - look_up[np.minimum(by_branch, by_lookup)]
+    return float(np.sum(seconds))
 
 
 def _longest(run: Run) -> int:

@@ -52,8 +52,8 @@ def main(argv: Sequence[str]) -> None:
     settings |= benchmark.describe_drafter(engine) | benchmark.describe_machine(engine)
     journal = Journal(folder / "runs.jsonl", settings)
     notes = []
-    if len(names) > 1 and not engine.drafter.trained:
-        notes.append("The exit branch is untrained: no speed-up is to be expected.")
+    if len(names) > 1 and engine.drafter.branch is not None and not engine.drafter.trained:
+        notes.append(cli.UNTRAINED)
         cli.warn(notes[0])
     controllers = {name: cli.build_controller(engine, name, batch_size) for name in names}
     if len(names) > 1 and journal.costs is None:

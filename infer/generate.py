@@ -147,8 +147,8 @@ def compare(engine: "Engine", prompt: str) -> Generation:
     print(f"ratio: {eesd.tokens_per_second / plain.tokens_per_second:.2f}")
     print(f"tokens per round: {eesd.tokens_per_round:.2f}")
     print(f"identical: {'yes' if eesd.token_ids == plain.token_ids else different}")
-    if not engine.drafter.trained:
-        print("The exit branch is untrained: no speed-up is to be expected.")
+    if engine.drafter.branch is not None and not engine.drafter.trained:
+        print(cli.UNTRAINED)
     sys.stdout.flush()
     return eesd
 

@@ -452,9 +452,9 @@ class SlowEngine(Engine):
 
 
 def test_the_plain_step_is_priced_relative_to_a_round(engine, monkeypatch):
-    monkeypatch.setattr(cost_table, "round_costs", lambda engine, batch: (6.0, 7.0, 8.0))
+    monkeypatch.setattr(cost_table, "round_costs", lambda engine, batch: cost_table.RoundCosts((6.0, 7.0, 8.0), (6.0, 6.5, 7.0)))
     costs = benchmark.measure_costs(SlowEngine(engine.model, engine.decode_config, engine.drafter), 1)
-    assert costs.rounds == (6.0, 7.0, 8.0)
+    assert (costs.rounds, costs.look_up) == ((6.0, 7.0, 8.0), (6.0, 6.5, 7.0))
     assert costs.plain == pytest.approx(4.0, rel=0.3)
 
 

@@ -406,9 +406,15 @@ def test_load_takes_a_branch_of_a_folder(tmp_path, model):
 def test_load_without_a_branch(model):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert eesd_jax.load(model, exit_branch="none").drafter is None
+        assert eesd_jax.load(model, exit_branch="none").drafter.branch is None
+        assert eesd_jax.load(model, arms=["lookup"]).drafter.branch is None
+        assert eesd_jax.load(model, exit_branch="none", arms=["exit"]).drafter is None
+    with pytest.warns(UserWarning, match="no exit branch comes with model .*tiny.gguf': drafts come from lookup alone"):
+        drafter = eesd_jax.load(model).drafter
+    assert drafter.branch is None
+    assert drafter.draft.longest_match > 0
     with pytest.warns(UserWarning, match="no exit branch comes with model .*tiny.gguf': decoding will be plain"):
-        assert eesd_jax.load(model).drafter is None
+        assert eesd_jax.load(model, arms=["exit"]).drafter is None
 
 
 def test_a_wrong_branch_is_refused_before_the_model_is_read(tmp_path, monkeypatch):
@@ -428,8 +434,8 @@ def test_auto_takes_the_branch_that_this_package_carries(tmp_path, monkeypatch):
     monkeypatch.setattr(eesd_jax.engine, "load_model", lambda *_: tiny.loaded_model())
     branch, _ = write(tmp_path / "you--tiny")
     assert_equal(eesd_jax.load("you/tiny").drafter.branch, branch)
-    with pytest.warns(UserWarning, match="'you/other': decoding will be plain"):
-        assert eesd_jax.load("you/other").drafter is None
+    with pytest.warns(UserWarning, match="'you/other': drafts come from lookup alone"):
+        assert eesd_jax.load("you/other").drafter.branch is None
 
 
 def test_the_built_in_model_has_an_untrained_branch_until_a_trained_one_is_carried(tmp_path, monkeypatch):

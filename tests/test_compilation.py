@@ -6,14 +6,15 @@ import tiny
 
 import eesd_jax
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
-from eesd_jax.config import ModelConfig
-from eesd_jax.decode.controllers import Beta, Controller, Fixed
+from eesd_jax.config import LONGEST_MATCH, ControllerConfig, ModelConfig
+from eesd_jax.control import build_controller, parse_controller
+from eesd_jax.cost_table import RoundCosts
+from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.model.sharding import make_mesh
 from eesd_jax.weights import branch_folder
 
 OPTIONS = DecodeConfig(max_new_tokens=12, prompt_buckets=(16,), min_capacity=64, stream_chunk=4, chunk=8)
-BETA = Beta(prior_alpha=4.0, prior_beta=1.0, discount=0.9, idle_discount=1.0)
 PROMPTS = ([[5, 9, 200], [7]], [[250]], [[11, 12, 13, 14], [8, 9]])  # the second leaves a row empty
 
 
@@ -33,6 +34,12 @@ def lm(request, tmp_path_factory) -> Engine:
     )
 
 
+def controller(name: str) -> Controller:
+    """Of both sources, with costs that are the same on every machine."""
+    costs = RoundCosts(exit=(1.0, 1.1), look_up=(1.0, 1.05))
+    return build_controller(parse_controller(name, 1), ControllerConfig(), Calibration(), costs, longest_match=LONGEST_MATCH)
+
+
 def answer(lm: Engine, controller: Controller | None) -> list[list[int]]:
     """All that may be asked of one program: other prompts, an empty row, other settings, stop strings, chunks and a budget."""
     tokens = []
@@ -49,8 +56,8 @@ def answer(lm: Engine, controller: Controller | None) -> list[list[int]]:
 def test_one_compilation_for_each_controller(lm: Engine):
     with compiled.programs() as counts:
         plain = answer(lm, None)
-        for number, controller in enumerate([Fixed(1), BETA], start=1):
-            assert answer(lm, controller) == plain
+        for number, name in enumerate(["fixed:1", "beta"], start=1):
+            assert answer(lm, controller(name)) == plain
             assert counts["_decode_speculative"] == number
     assert counts["_decode_plain"] == 1
     assert counts["prefill"] == 2  # with the branch's cache, and without
@@ -61,6 +68,6 @@ def test_one_compilation_for_each_controller(lm: Engine):
 def test_another_bucket_and_another_batch_are_other_programs(lm: Engine):
     with compiled.programs() as counts:
         for prompts, batch in (([[5]], 1), ([list(range(61))], 1), ([[5]], 2), ([list(range(55))], 1)):
-            lm.generate_ids(prompts, seeds=[0], batch_size=batch, controller=BETA)
+            lm.generate_ids(prompts, seeds=[0], batch_size=batch, controller=controller("beta"))
     assert counts["_decode_speculative"] == 3  # the last one's capacity is that of the second
     assert counts["prefill"] == 3

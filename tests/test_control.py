@@ -10,6 +10,8 @@ import tiny
 from eesd_jax import DecodeConfig, Engine, UserError, control, cost_table
 from eesd_jax.config import ControllerConfig, DraftConfig
 from eesd_jax.control import ControllerSpec, build_controller, parse_controller
+from eesd_jax.cost_table import RoundCosts
+from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.controllers import Beta, Calibrated, Calibration, CostAware, Fixed, Threshold
 from eesd_jax.engine import Drafter
 from eesd_jax.model.exit_branch import init_exit_branch
@@ -61,7 +63,7 @@ def test_values_out_of_range_are_refused_with_the_range():
 
 def test_controllers_are_built_with_their_settings():
     settings = ControllerConfig(prior_alpha=3.0, prior_beta=2.0, discount=0.8, idle_discount=0.7, kappa=5.0, capacity=11.0)
-    calibration, cost = Calibration(1.5, -0.5), (1.0, 1.2, 1.5)
+    calibration, costs = Calibration(1.5, -0.5), RoundCosts((1.0, 1.2, 1.5), (1.0, 1.1, 1.3))
     prior = {"prior_alpha": 3.0, "prior_beta": 2.0, "discount": 0.8, "idle_discount": 0.7}
     expected = {
         "plain": None,
@@ -70,10 +72,22 @@ def test_controllers_are_built_with_their_settings():
         "beta": Beta(**prior),
         "beta:plain": Beta(**prior, censored=False),
         "calibrated": Calibrated(**prior, calibration=calibration, kappa=5.0, capacity=11.0),
-        "cost_aware": CostAware(**prior, calibration=calibration, cost=cost),
+        "cost_aware": CostAware(**prior, calibration=calibration, cost=costs.exit),
     }
     for name, controller in expected.items():
-        assert build_controller(parse_controller(name, max_draft=2), settings, calibration, cost) == controller
+        spec = parse_controller(name, max_draft=2)
+        assert build_controller(spec, settings, calibration, costs) == controller
+        # With lookup they draft where it does not; plain stays plain.
+        both = build_controller(spec, settings, calibration, costs, longest_match=3)
+        assert both == (controller and Arms(controller, 3, costs.exit, costs.look_up, **prior))
+
+
+def test_controllers_without_a_branch():
+    settings, costs = ControllerConfig(), RoundCosts((1.0, 1.0, 1.0), (1.0, 1.1, 1.3))
+    for name, fixed in (("cost_aware", None), ("fixed:2", 2)):
+        spec = parse_controller(name, max_draft=2)
+        controller = build_controller(spec, settings, Calibration(), costs, has_branch=False, longest_match=3)
+        assert (controller.inner, controller.fixed, controller.look_cost) == (None, fixed, costs.look_up)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +136,9 @@ def measurements(monkeypatch) -> list[int]:
 
     def measure(engine, batch):
         batches.append(batch)
-        return tuple(len(batches) + draft / 7 for draft in range(engine.drafter.draft.max_draft + 1))
+        draft = engine.drafter.draft
+        seconds = tuple(len(batches) + length / 7 for length in range(draft.max_draft + 1))
+        return RoundCosts(seconds, tuple(second + 0.5 for second in seconds) if draft.longest_match else ())
 
     monkeypatch.setattr(cost_table, "measure", measure)
     return batches
@@ -130,21 +146,41 @@ def measurements(monkeypatch) -> list[int]:
 
 def test_costs_are_measured_once_and_kept_to_the_last_digit(folder, measurements):
     first = cost_table.round_costs(fake_engine(), 1)
-    assert first == (1.0, 1 + 1 / 7, 1 + 2 / 7)
+    assert first == RoundCosts((1.0, 1 + 1 / 7, 1 + 2 / 7), ())
     assert cost_table.round_costs(fake_engine(), 1) == first
     assert measurements == [1]
     (file,) = folder.iterdir()
-    assert json.loads(file.read_text())["seconds"] == list(first)
+    assert json.loads(file.read_text())["exit"] == list(first.exit)
+    with_lookup = fake_engine(draft=DraftConfig(1, 2, (), longest_match=3))
+    costs = cost_table.round_costs(with_lookup, 1)
+    assert costs.look_up == (2.5, 2.5 + 1 / 7, 2.5 + 2 / 7)
+    assert cost_table.round_costs(with_lookup, 1) == costs
+    assert measurements == [1, 1]
 
 
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"", b"{", b'{"seconds": [1.0, 2.0', b"\xff\xfe\x00", b"null", b"[1, 2, 3]", b"{}", b'{"seconds": null}', b'{"seconds": 3}'),
-        *(b'{"seconds": [1.0, 2.0]}', b'{"seconds": [1.0, 2.0, 3.0, 4.0]}', b'{"seconds": []}', b'{"seconds": "123"}', b'{"seconds": {}}'),
-        *(b'{"seconds": [1.0, 0.0, 3.0]}', b'{"seconds": [1.0, -2.0, 3.0]}', b'{"seconds": [1.0, NaN, 3.0]}'),
-        *(b'{"seconds": [1.0, Infinity, 3.0]}', b'{"seconds": [1.0, [2.0], 3.0]}', b'{"seconds": [1.0, null, 3.0]}'),
-        *(b'{"seconds": [1.0, "2.0", 3.0]}', b'{"seconds": [1.0, 1' + b"0" * 400 + b", 3.0]}"),
+        *(
+            b"",
+            b"{",
+            b'{"exit": [1.0, 2.0',
+            b"\xff\xfe\x00",
+            b"null",
+            b"[1, 2, 3]",
+            b"{}",
+            b'{"look_up": []}',
+            b'{"exit": [1.0, 2.0, 3.0]}',
+        ),
+        *(b'{"exit": [1.0, 2.0, 3.0], "look_up": null}', b'{"exit": [1.0, 2.0, 3.0], "look_up": [1.0, 2.0, 3.0]}'),
+        *(
+            b'{"exit": ' + seconds + b', "look_up": []}'
+            for seconds in (
+                *(b"null", b"3", b"[1.0, 2.0]", b"[1.0, 2.0, 3.0, 4.0]", b"[]", b'"123"', b"{}", b"[1.0, 0.0, 3.0]"),
+                *(b"[1.0, -2.0, 3.0]", b"[1.0, NaN, 3.0]", b"[1.0, Infinity, 3.0]", b"[1.0, [2.0], 3.0]", b"[1.0, null, 3.0]"),
+                *(b'[1.0, "2.0", 3.0]', b"[1.0, 1" + b"0" * 400 + b", 3.0]"),
+            )
+        ),
     ],
 )
 def test_a_file_that_holds_no_costs_is_measured_again_and_replaced(folder, measurements, content: bytes):
@@ -165,7 +201,7 @@ def test_a_write_that_breaks_off_leaves_nothing(folder, measurements, monkeypatc
 
     monkeypatch.setattr("pathlib.Path.write_text", half)
     with pytest.warns(UserWarning, match="no space left"):
-        assert cost_table.round_costs(fake_engine(), 1) == (1.0, 1 + 1 / 7, 1 + 2 / 7)
+        assert cost_table.round_costs(fake_engine(), 1).exit == (1.0, 1 + 1 / 7, 1 + 2 / 7)
     assert list(folder.iterdir()) == []
 
 
@@ -186,6 +222,7 @@ def test_whatever_changes_the_cost_is_measured_on_its_own(folder, measurements):
         (fake_engine(draft=DraftConfig(2, 2, ())), 1),
         (fake_engine(draft=DraftConfig(1, 3, ())), 1),
         (fake_engine(draft=DraftConfig(1, 2, (2,))), 1),
+        (fake_engine(draft=DraftConfig(1, 2, (), longest_match=3)), 1),
         (fake_engine(options=DecodeConfig(max_new_tokens=2000)), 1),  # a longer cache
     ]
     for engine, batch in [(fake_engine(), 1), *others]:
@@ -207,7 +244,7 @@ def test_a_real_engine_is_timed_and_its_controller_drafts_by_what_was_found(fold
     assert all(cost > 0 for cost in controller.cost)
     assert controller.calibration == Calibration(1.1, 0.1)
     (file,) = folder.iterdir()
-    written = {"seconds": [1.0, 100.0, 200.0]}
+    written = {"exit": [1.0, 100.0, 200.0], "look_up": []}
     file.write_text(json.dumps(written))
     plain, dear = (
         engine.generate_ids([[5, 6, 7], [8]], seeds=[0, 1], controller=chosen)

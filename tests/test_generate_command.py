@@ -76,7 +76,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture
 def run(command, monkeypatch, tmp_path):
-    """Runs the command in this process, in an empty folder; without --exit_branch, as if with none, which warns of nothing."""
+    """Runs the command in this process, in an empty folder; as if with --exit_branch=none, which warns of nothing, and without lookup."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, stdin: str = "", terminals: str = "") -> Result:
@@ -84,7 +84,7 @@ def run(command, monkeypatch, tmp_path):
             flags.FLAGS[name].unparse()
         out, err = Stream(in_terminal="out" in terminals), Stream(in_terminal="err" in terminals)
         with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["generate.py", "--exit_branch=none", *arguments])
+            patch.setattr(sys, "argv", ["generate.py", "--exit_branch=none", "--arms=exit", *arguments])
             for name, stream in (("stdin", Stream(stdin)), ("stdout", out), ("stderr", err)):
                 patch.setattr(sys, name, stream)
             with pytest.raises(SystemExit) as end:
@@ -157,7 +157,7 @@ def assert_refused(result: Result, *named: str) -> None:
             ["--controller is 'beta'", "none comes with model 'a/b'", "expected --controller=plain, or --exit_branch"],
         ),
         (["--max_draft=0"], ["--max_draft is 0", "expected an integer >= 1"]),
-        (["--compare"], ["--controller is 'beta'", "needs an exit branch", "--exit_branch is 'none'"]),
+        (["--compare"], ["--controller is 'cost_aware'", "needs an exit branch", "--exit_branch is 'none'"]),
         (
             ["--compare", "--exit_branch=auto", "--controller=plain"],
             ["--compare is given with --controller=plain", "expected a controller"],
@@ -476,7 +476,7 @@ def branches(tmp_path_factory) -> dict[str, str]:
 
 def speculating(models: dict[str, str], branch: str) -> list[str]:
     """Arguments; all tests with them run the same compiled programs."""
-    return [f"--model={models['whole']}", f"--exit_branch={branch}", "--max_draft=2", "--max_new_tokens=24"]
+    return [f"--model={models['whole']}", f"--exit_branch={branch}", "--max_draft=2", "--max_new_tokens=24", "--controller=beta"]
 
 
 def test_nothing_is_compiled_twice(run, models, branches):
@@ -492,7 +492,7 @@ def test_nothing_is_compiled_twice(run, models, branches):
 
 def test_a_branch_changes_the_rounds_and_not_the_answers(run, models, branches):
     arguments = [*speculating(models, branches["good"]), f"--prompts={write_prompts([{'turns': [p, 'a']} for p in PROMPTS[:3]])}"]
-    plain, result = run(*arguments, "--controller=plain"), run(*arguments)  # by default beta, because the branch is trained
+    plain, result = run(*arguments, "--controller=plain"), run(*arguments)
     ours = read_output(result.out)
     for line, expected in zip(ours, read_output(plain.out), strict=True):
         assert list(line) == FIELDS
@@ -511,10 +511,33 @@ def test_a_branch_changes_the_rounds_and_not_the_answers(run, models, branches):
 
 def test_an_untrained_branch_is_used_when_asked_for(run, models, branches):
     arguments = [*speculating(models, branches["untrained"]), "--prompt=hello"]
-    plain, beta = run(*arguments), run(*arguments, "--controller=beta")
+    plain, beta = run(*arguments, "--controller=plain"), run(*arguments)
     assert plain.out == beta.out
     assert "rounds" not in plain.err
     assert re.search(r"tokens/s; \d+ rounds, \d\.\d\d tokens per round, (\d+) of \1 drafts accepted \(100%\); first token", beta.err)
+
+
+def test_lookup_drafts_without_a_branch_and_changes_no_answer(run, models):
+    arguments = [f"--model={models['whole']}", "--arms=lookup", "--max_draft=2", "--max_new_tokens=24", "--prompt=the fox the fox the fox"]
+    plain, drafted, default = (run(*arguments, f"--controller={name}") for name in ("plain", "fixed:2", "cost_aware"))
+    assert plain.out == drafted.out == default.out
+    assert re.search(r"; \d+ rounds, \d\.\d\d tokens per round, \d+ of [1-9]\d* drafts accepted \(\d+%\); first token", drafted.err)
+    assert_refused(
+        run(*arguments, "--controller=beta"), "--controller is 'beta', which needs the exit branch", "expected plain, fixed:K or cost_aware"
+    )
+
+
+def test_by_default_drafts_are_as_long_as_their_measured_cost_says(run, models, branches):
+    arguments = [
+        f"--model={models['whole']}",
+        f"--exit_branch={branches['good']}",
+        "--arms=exit,lookup",
+        "--max_new_tokens=24",
+        "--prompt=hello",
+    ]
+    result = run(*arguments)
+    assert result.out == run(*arguments, "--controller=plain").out
+    assert "tokens per round" in result.err
 
 
 def test_a_model_without_a_branch_is_decoded_plainly_with_a_warning(run, models, branches):
@@ -562,7 +585,7 @@ def test_compare_prints_one_answer_and_what_speculation_gained(run, models, bran
     assert float(lines[2].removeprefix("ratio: ")) == pytest.approx(eesd / plain, abs=0.02)
     assert lines[3:5] == [f"tokens per round: {line['tokens_per_round']:.2f}", "identical: yes"]
     assert line["accepted"] > 0
-    untrained = ["The exit branch is untrained: no speed-up is to be expected."] if branch == "untrained" else []
+    untrained = ["The exit branch is untrained: no speed-up is to be expected of it."] if branch == "untrained" else []
     assert lines[5:] == untrained
 
 
@@ -669,7 +692,7 @@ def test_a_reader_that_leaves_early_is_no_error(models, environment, tmp_path):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "hello"}\n' * 400)  # more than a pipe holds
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *model_of(models), f"--prompts={prompts}", "--max_new_tokens=1", "--batch_size=200"],
+        [sys.executable, SCRIPT, *model_of(models), f"--prompts={prompts}", "--controller=plain", "--max_new_tokens=1", "--batch_size=200"],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -684,7 +707,7 @@ def test_a_reader_that_leaves_early_is_no_error(models, environment, tmp_path):
 
 def test_sigint_while_waiting_for_a_message(models, environment, tmp_path):
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *model_of(models), "--max_new_tokens=2", "--output=out.jsonl"],
+        [sys.executable, SCRIPT, *model_of(models), "--controller=plain", "--max_new_tokens=2", "--output=out.jsonl"],
         cwd=tmp_path,
         env=environment,
         stdin=subprocess.PIPE,
@@ -708,7 +731,7 @@ def test_sigint_while_waiting_for_a_message(models, environment, tmp_path):
 def test_chat_in_a_terminal(models, environment, tmp_path):
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, SCRIPT, *model_of(models), "--max_new_tokens=20"],
+        [sys.executable, SCRIPT, *model_of(models), "--max_new_tokens=20", "--controller=plain"],
         cwd=tmp_path,
         env=environment | {"TERM": "dumb"},
         stdin=theirs,

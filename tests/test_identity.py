@@ -30,7 +30,7 @@ def identity():
 
 
 def open_journal(folder: pathlib.Path, texts: int) -> Journal:
-    return Journal(folder / "identity.jsonl", {"texts": {"all prompts": texts, "grid": texts}})
+    return Journal(folder / "identity.jsonl", {"code": "0123abcd", "texts": {"all prompts": texts, "grid": texts}})
 
 
 @pytest.mark.demo

@@ -3,6 +3,7 @@
 Each cell is a chi-square test of whole texts against their exact probabilities. With fixed seeds a correct decoder passes always.
 """
 
+import dataclasses
 import itertools
 import types
 from collections import Counter
@@ -17,6 +18,7 @@ from scipy import stats
 
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode import controllers, loop, sampling, speculative, verify
+from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.model import exit_branch, llama
 
@@ -36,9 +38,16 @@ CONTROLLERS = {
     "calibrated": controllers.Calibrated(**BETA, calibration=CALIBRATION, kappa=4.0, capacity=20.0),
     "cost_aware": controllers.CostAware(**BETA, calibration=CALIBRATION, cost=(1.0, 1.3, 1.5, 1.7)),
 }
+COSTS = {"exit_cost": (1.0, 1.2, 1.4, 1.6), "look_cost": (1.0, 1.1, 1.2, 1.3)}
+LOOKUP = {
+    "lookup alone, fixed": Arms(None, 2, **COSTS, **BETA, fixed=3),
+    "lookup alone": Arms(None, 2, **COSTS, **BETA),
+    "lookup and fixed:3": Arms(controllers.Fixed(3), 2, **COSTS, **BETA),
+    "lookup and cost_aware": Arms(CONTROLLERS["cost_aware"], 2, **COSTS, **BETA),
+}
 CONFIG = tiny.config(vocab_size=VOCABULARY, num_hidden_layers=3, hidden_size=16, intermediate_size=32)
 # Bonferroni over controllers x draft vocabularies x prompts x settings, at one false alarm in a thousand suites.
-BOUND = 1e-3 / (len(CONTROLLERS) * 2 * len(PROMPTS) * len(SETTINGS))
+BOUND = 1e-3 / ((len(CONTROLLERS) * 2 + len(LOOKUP)) * len(PROMPTS) * len(SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +81,7 @@ def exact(params: llama.Params) -> dict[tuple[int, int], dict[tuple[int, ...], f
 
 
 def draw_texts(
-    params: llama.Params, branch: exit_branch.ExitBranch, controller: controllers.Controller, eos: tuple[int, ...] = (EOS,), seed: int = 0
+    params: llama.Params, branch: exit_branch.ExitBranch | None, controller: controllers.Controller, draft: DraftConfig = DRAFT
 ) -> dict[tuple[int, int], Counter]:
     """Texts drawn by the decoder: all prompts and settings are rows of one batch."""
     cells = [(p, s) for p in range(len(PROMPTS)) for s in range(len(SETTINGS))] * ROWS
@@ -84,16 +93,16 @@ def draw_texts(
     @jax.jit
     def run(keys: jax.Array) -> loop.DecodeState:
         state, exit_cache = loop.prefill(
-            CONFIG, params, branch, prompts, length, length + BUDGET, keys, exit_layer=DRAFT.exit_layer, capacity=12, chunk=8
+            CONFIG, params, branch, prompts, length, length + BUDGET, keys, exit_layer=draft.exit_layer, capacity=12, chunk=8
         )
         state = speculative.start_drafting(state, exit_cache, controller)
 
         def step(state: loop.DecodeState) -> loop.DecodeState:
-            return speculative.round_step(CONFIG, DRAFT, controller, jnp.array(eos, jnp.int32), params, branch, settings, state)
+            return speculative.round_step(CONFIG, draft, controller, jnp.array([EOS], jnp.int32), params, branch, settings, state)
 
         return loop.decode(step, state, jnp.int32(100))
 
-    state = run(jax.random.split(jax.random.key(seed), len(cells)))
+    state = run(jax.random.split(jax.random.key(0), len(cells)))
     tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
     counts = {cell: Counter() for cell in cells[: len(PROMPTS) * len(SETTINGS)]}
     for i, cell in enumerate(cells):
@@ -122,6 +131,18 @@ def smallest_p_value(counts: dict[tuple[int, int], Counter], exact: dict[tuple[i
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_texts_follow_the_law_of_the_target(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_texts(params, branch_of(params, [0, 2, 4]), CONTROLLERS[name]), exact) > BOUND
+
+
+def draw_with_lookup(params: llama.Params, name: str) -> dict[tuple[int, int], Counter]:
+    controller = LOOKUP[name]
+    branch = None if controller.inner is None else branch_of(params, [0, 2, 4])
+    draft = dataclasses.replace(DRAFT, exit_layer=0 if branch is None else DRAFT.exit_layer, longest_match=controller.longest_match)
+    return draw_texts(params, branch, controller, draft)
+
+
+@pytest.mark.parametrize("name", LOOKUP)
+def test_texts_follow_the_law_with_lookup(params: llama.Params, exact: dict, name: str):
+    assert smallest_p_value(draw_with_lookup(params, name), exact) > BOUND
 
 
 @pytest.mark.slow
@@ -197,6 +218,23 @@ def eos_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def looked_up_drafts_taken_for_drawn_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = verify.accept
+    monkeypatch.setattr(
+        verify, "accept", lambda keys, drafts, *rest: accept(keys, drafts._replace(looked_up=drafts.looked_up & False), *rest)
+    )
+
+
+def looked_up_drafts_accepted_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    probability = verify._leading
+    monkeypatch.setattr(verify, "_leading", lambda accept: jnp.maximum(probability(accept), 1) if accept.shape[1] else probability(accept))
+
+
+def rejected_lookup_left_in_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_residual", lambda p, q: p)
+
+
+LOOKUP_BUGS = [looked_up_drafts_taken_for_drawn_ones, looked_up_drafts_accepted_unseen, rejected_lookup_left_in_the_residual]
 LAW_BUGS = [
     wrong_q,
     argmax_drafted_softmax_as_q,
@@ -217,3 +255,10 @@ def test_a_planted_bug_breaks_the_law(params: llama.Params, exact: dict, monkeyp
     bug(monkeypatch)
     counts = draw_texts(params, branch_of(params, [0, 2, 4]), controllers.Fixed(3))
     assert smallest_p_value(counts, exact) < BOUND / 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", LOOKUP_BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_in_lookup_breaks_the_law(params: llama.Params, exact: dict, monkeypatch: pytest.MonkeyPatch, bug):
+    bug(monkeypatch)
+    assert smallest_p_value(draw_with_lookup(params, "lookup alone, fixed"), exact) < BOUND / 1000

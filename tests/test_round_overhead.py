@@ -41,22 +41,20 @@ def lm() -> Engine:
     return Engine(model, DecodeConfig(max_new_tokens=20), Drafter(branch, DraftConfig(1, 2, ()), Calibration(), trained=False))
 
 
-def test_every_round_and_every_part_is_measured(overhead, lm):
-    medians = overhead.measure(lm, ["forced", "beta"], batch=2, steps=2, repeats=1)
-    assert set(medians) == {"parts", "forced", "beta", "beta alone"}
-    assert set(medians["parts"]) == {"early", "exit", 3}
-    rows = overhead.result_rows(medians, lm.drafter.draft.widths)
-    assert [(row["controller"], row["drafts"], row["width"]) for row in rows] == [
-        (name, k, 3) for name in ("forced", "beta") for k in range(3)
-    ]
-    assert all(0 < row["round_ms"] < 1e4 for row in rows)
+def test_every_round_is_measured_with_its_parts(overhead, lm):
+    samples = overhead.measure(lm, ["forced", "beta"], batch=2, steps=2, repeats=1)
+    assert set(samples) == {(name, drafts) for name in ("forced", "beta") for drafts in range(3)}
+    assert all(0 < seconds < 10 for (sample,) in samples.values() for seconds in sample)
 
 
 def test_a_round_is_compared_with_its_parts(overhead):
-    medians = {"parts": {"early": 1e-3, "exit": 2e-3, 1: 10e-3, 3: 20e-3}, "beta": {0: 12e-3, 2: 33e-3}, "beta alone": {0: 1e-3, 2: 3e-3}}
-    none, two = overhead.result_rows(medians, (1, 3))
-    assert (none["parts_ms"], none["ratio"]) == pytest.approx((12.0, 1.0))
-    assert (two["parts_ms"], two["ratio"]) == pytest.approx((30.0, 1.1))
+    none = overhead.Sample(round=12e-3, bare=11e-3, early=1e-3, exit=2e-3, verify=10e-3, decisions=1e-3)
+    two = [overhead.Sample(seconds, bare=27e-3, early=1e-3, exit=2e-3, verify=20e-3, decisions=3e-3) for seconds in (31e-3, 90e-3, 33e-3)]
+    rows = overhead.result_rows({("beta", 0): [none], ("beta", 2): two})
+    assert [(row["controller"], row["drafts"]) for row in rows] == [("beta", 0), ("beta", 2)]
+    assert [row["parts"] for row in rows] == pytest.approx([12.0, 30.0])
+    assert [row["ratio_to_parts"] for row in rows] == pytest.approx([1.0, 1.1])
+    assert [row["ratio_to_bare"] for row in rows] == pytest.approx([1.0, 1.1])
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 2])

@@ -8,9 +8,9 @@ import pathlib
 import signal
 import subprocess
 import sys
-import threading
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
@@ -163,6 +163,13 @@ def journal_of(config, process=0):
     return pathlib.Path(config.output_dir) / "responses" / f"{process:05d}.jsonl"
 
 
+def wait_not_forever(ready, what_for):
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert time.monotonic() < deadline, what_for
+        time.sleep(0.05)
+
+
 def leftovers(config):
     return [path.name for path in pathlib.Path(config.output_dir).iterdir() if path.name not in ("dataset", "responses")]
 
@@ -243,15 +250,11 @@ def test_a_journal_cut_anywhere_gives_the_same_dataset(loaded, config, uninterru
     assert sorted(indices) == list(range(14))
 
 
-def test_two_processes_give_the_dataset_of_one(loaded, config, uninterrupted):
-    threads = [
-        threading.Thread(target=self_generate.self_generate, args=(config,), kwargs={"process_index": p, "process_count": 2})
-        for p in (0, 1)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+def test_two_processes_give_the_dataset_of_one(loaded, config, uninterrupted, monkeypatch):
+    monkeypatch.setattr(self_generate, "_wait", wait_not_forever)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(self_generate.self_generate, config, process_index=process, process_count=2) for process in (0, 1)]
+    assert sum(run.result().responses for run in runs) == 14
     assert digests(config) == uninterrupted
     indices = [[json.loads(line)["index"] for line in journal_of(config, p).read_text().splitlines()] for p in (0, 1)]
     assert [sorted(some) for some in indices] == [list(range(0, 14, 2)), list(range(1, 14, 2))]

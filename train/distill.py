@@ -25,13 +25,15 @@ def main(argv: Sequence[str]) -> None:
 
     import jax
 
-    from eesd_jax.distill import trainer
+    from eesd_jax.distill import preemption, trainer
+    from eesd_jax.engine import use_compilation_cache
 
     warnings.showwarning = show_warning
+    use_compilation_cache()
     result = trainer.train(config)
     if result.stopped:
         print(f"stopped behind step {result.step} of {config.steps}; the same command goes on from there", file=sys.stderr)
-        sys.exit(trainer.STOPPED_BY_SIGNAL)
+        sys.exit(preemption.STOPPED_BY_SIGNAL)
     if jax.process_index() == 0:
         found = ", ".join(f"{name} {value:.3f}" for name, value in result.metrics.items())
         print(f"{result.step} steps done{f' ({found})' if found else ''}; the exit branch is in {config.output_dir}/exit_branch")

@@ -5,6 +5,8 @@ python train/self_generate.py --config=configs/X.py --config.self_generate.promp
 python train/self_generate.py --config=configs/X.py --config.self_generate.prompts=self --config.self_generate.num_responses=1000
 
 Prompts: a JSONL file, tfds:NAME, or self: the model writes the user's turn, too. Started again after a kill, it goes on where it stopped.
+On several hosts start it on each of them, with an output_dir that all of them see: TPU pods and SLURM are recognised, elsewhere
+--coordinator_address, --num_processes and --process_id say who is who.
 """
 
 import sys
@@ -23,19 +25,26 @@ if TYPE_CHECKING:
     from eesd_jax.distill import self_generate
 
 experiment.define_config_flag()
+cli.define_distributed_flags()
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
     config = experiment.config_from_flags()
+    cli.start_distributed()
 
     from eesd_jax.distill import self_generate
 
-    self_generate.check_settings(config)
-    warnings.showwarning = lambda message, *_: cli.warn(str(message))
+    warnings.showwarning = show_warning
     with progress_bar() as watch:
         summary = self_generate.self_generate(config, watch=watch)
     print(summary.line)
+
+
+def show_warning(message: Warning | str, category: type[Warning], *details: object) -> None:
+    del details
+    if issubclass(category, UserWarning):
+        cli.warn(str(message))
 
 
 @contextmanager

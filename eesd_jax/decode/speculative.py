@@ -2,8 +2,9 @@
 
 `round_step` takes and returns the same kind of state as the plain step, so the loop, streaming and stop strings are shared. Within a round:
 
-1. Draft: blocks 1..N on the last committed token, then, while the controller wants another draft in some row, the exit branch and blocks
-   1..N on what it drafted. The hidden states behind block N are kept.
+1. Draft: blocks 1..N on the last committed token (and, in the same pass, on what lookup found in the text, where that is asked for), then,
+   while the controller wants another draft in some row, the exit branch and blocks 1..N on what it drafted. The hidden states behind
+   block N are kept.
 2. Verify: blocks N+1..L on those hidden states, in one pass as wide as the longest draft needs.
 3. Accept: rejection sampling (`verify.py`); commit, cut at EOS and at the budget.
 4. Learn: the controller's state is updated from what was drafted and accepted.
@@ -15,6 +16,8 @@ last draft, which the branch itself never ran on.
 Axes: B rows, K drafts at most, W = K + 1 positions, N blocks that draft, D hidden, Q draft vocabulary, E ids that end a text.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +26,7 @@ import jax.numpy as jnp
 from eesd_jax.config import DraftConfig, ModelConfig
 from eesd_jax.decode import verify
 from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.lookup import look_up
 from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, DraftState, RoundLog, empty_log
 from eesd_jax.model import cache as kv
@@ -33,7 +37,7 @@ class _Drafting(NamedTuple):
     """Carried from draft to draft.
 
     k: int32 scalar, drafts so far. keep: bool [B], rows that draft on. hidden: [B, W, D] behind block N. drafts: see `verify.Drafts`.
-    plan: the controller's. early: caches of blocks 1..N. exit_cache: of the exit block.
+    plan: the controller's. early: caches of blocks 1..N. exit_cache: of the exit block, if there is one.
     """
 
     k: jax.Array
@@ -42,10 +46,10 @@ class _Drafting(NamedTuple):
     drafts: verify.Drafts
     plan: Any
     early: kv.KVCache
-    exit_cache: kv.KVCache
+    exit_cache: kv.KVCache | None
 
 
-def start_drafting(state: DecodeState, exit_cache: kv.KVCache, controller: Controller) -> DecodeState:
+def start_drafting(state: DecodeState, exit_cache: kv.KVCache | None, controller: Controller) -> DecodeState:
     """Adds to a prefilled state what speculation carries; `exit_cache` is what prefill gave."""
     batch, capacity = state.tokens.shape
     return state._replace(draft=DraftState(exit_cache, controller.init(batch), empty_log(batch, capacity)))
@@ -56,7 +60,7 @@ def _draft(
     draft: DraftConfig,
     controller: Controller,
     params: llama.Params,
-    branch: exit_branch.ExitBranch,
+    branch: exit_branch.ExitBranch | None,
     sampling: Sampling,
     state: DecodeState,
     keys_B: jax.Array,
@@ -69,11 +73,13 @@ def _draft(
     useful = jnp.where(running, state.limit - state.length - 1, 0)
     decide_keys, draw_keys, plan_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
 
-    def early(tokens_B: jax.Array, k: jax.Array, caches: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
-        start_B = state.length - 1 + k
-        x = llama.embed(params, tokens_B[:, None])
-        x, new = llama.forward_blocks(config, params["blocks"], x, start_B, caches, layers)
-        return x[:, 0], kv.write(caches, new, start_B, after=x)
+    def early(tokens_BxT: jax.Array, k: jax.Array, caches: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
+        x = llama.embed(params, tokens_BxT)
+        return llama.forward_blocks(config, params["blocks"], x, state.length - 1 + k, caches, layers)
+
+    def early_step(token_B: jax.Array, k: jax.Array, caches: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
+        x, new = early(token_B[:, None], k, caches)
+        return x[:, 0], kv.write(caches, new, state.length - 1 + k, after=x)
 
     def decide(plan: Any, k: jax.Array, confidence_B: jax.Array, keep_B: jax.Array) -> tuple[jax.Array, Any]:
         keys = jax.vmap(jax.random.fold_in, (0, None))(decide_keys, k)
@@ -81,13 +87,31 @@ def _draft(
         return keep_B & wanted & (k < jnp.minimum(useful, max_draft)), plan
 
     last = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0]
-    h, caches = early(last, jnp.int32(0), kv.KVCache(state.cache.k[: draft.exit_layer], state.cache.v[: draft.exit_layer]))
-    plan = controller.propose(plan_keys, state.draft.controller, running)
-    keep, plan = decide(plan, jnp.int32(0), jnp.ones(batch, jnp.float32), running)
-    hidden = jnp.zeros((batch, max_draft + 1, h.shape[-1]), h.dtype).at[:, 0].set(h)
+    caches = kv.KVCache(state.cache.k[: draft.exit_layer], state.cache.v[: draft.exit_layer])
     nothing = jnp.zeros((batch, max_draft), jnp.int32)
-    probs = jnp.zeros((batch, max_draft, branch.draft_ids.size), jnp.float32)
-    drafts = verify.Drafts(nothing, jnp.zeros(batch, jnp.int32), nothing, probs)
+    if draft.longest_match:
+        found = look_up(state.tokens, state.length, draft.longest_match, max_draft)
+        plan = controller.propose(plan_keys, state.draft.controller, running, found)
+        looked = jnp.minimum(plan.look_up, jnp.minimum(useful, max_draft))
+        tokens = jnp.where(jnp.arange(max_draft) < looked[:, None], found.tokens, nothing)
+        text_BxW = jnp.concatenate([last[:, None], tokens], axis=1)
+
+        def at_width(width: int) -> tuple[jax.Array, kv.KVCache]:
+            x, new = early(text_BxW[:, :width], jnp.int32(0), caches)
+            return jnp.pad(x, ((0, 0), (0, max_draft + 1 - width), (0, 0))), kv.pad(new, max_draft + 1 - width)
+
+        # As in verification, only new entries leave the branches of the switch.
+        hidden, new = _switch_width(draft, looked, at_width)
+        caches = kv.write(caches, new, state.length - 1, after=hidden)
+    else:
+        looked, tokens = jnp.zeros(batch, jnp.int32), nothing
+        h, caches = early_step(last, jnp.int32(0), caches)
+        hidden = jnp.zeros((batch, max_draft + 1, h.shape[-1]), h.dtype).at[:, 0].set(h)
+        plan = controller.propose(plan_keys, state.draft.controller, running)
+    drafts = verify.Drafts(tokens, looked, nothing, jnp.zeros((batch, max_draft, _draft_vocab(branch)), jnp.float32), looked > 0)
+    if branch is None:
+        return _Drafting(jnp.int32(0), jnp.zeros(batch, bool), hidden, drafts, plan, caches, None)
+    keep, plan = decide(plan, jnp.int32(0), jnp.ones(batch, jnp.float32), running & (looked == 0))
     carry = _Drafting(jnp.int32(0), keep, hidden, drafts, plan, caches, state.draft.exit_cache)
 
     def body(c: _Drafting) -> _Drafting:
@@ -101,17 +125,30 @@ def _draft(
         # Of the distribution as the branch gives it: a warped one would be sure of itself at temperature 0.
         chosen_logit = jnp.take_along_axis(logits_BxQ, draw.token[:, None], axis=1)[:, 0]
         confidence_B = jnp.exp(chosen_logit - jax.nn.logsumexp(logits_BxQ, axis=1))
-        drafts = verify.Drafts(
-            c.drafts.tokens.at[:, c.k].set(token_B),
-            c.drafts.count + c.keep,
-            c.drafts.chosen.at[:, c.k].set(draw.token),
-            c.drafts.probs.at[:, c.k].set(draw.probs),
+        # Rows with looked-up drafts keep them, and run them once more: what is written again is what stands there.
+        token_B = jnp.where(c.drafts.looked_up, c.drafts.tokens[:, c.k], token_B)
+        drafts = c.drafts._replace(
+            tokens=c.drafts.tokens.at[:, c.k].set(token_B),
+            count=c.drafts.count + c.keep,
+            chosen=c.drafts.chosen.at[:, c.k].set(draw.token),
+            probs=c.drafts.probs.at[:, c.k].set(draw.probs),
         )
-        h, caches = early(token_B, c.k + 1, c.early)
+        h, caches = early_step(token_B, c.k + 1, c.early)
         keep, plan = decide(c.plan, c.k + 1, confidence_B, c.keep)
         return _Drafting(c.k + 1, keep, c.hidden.at[:, c.k + 1].set(h), drafts, plan, caches, exit_cache)
 
     return jax.lax.while_loop(lambda c: jnp.any(c.keep), body, carry)
+
+
+def _draft_vocab(branch: exit_branch.ExitBranch | None) -> int:
+    return 0 if branch is None else branch.draft_ids.size
+
+
+def _switch_width(draft: DraftConfig, count_B: jax.Array, at_width: Callable[[int], Any]) -> Any:
+    """Runs a pass at the narrowest compiled width that holds every row's drafts, chosen on the device."""
+    widths = draft.widths
+    choice = jnp.searchsorted(jnp.array(widths), jnp.max(count_B) + 1)
+    return jax.lax.switch(choice, [functools.partial(at_width, width) for width in widths])
 
 
 class _Verified(NamedTuple):
@@ -119,14 +156,14 @@ class _Verified(NamedTuple):
 
     verdict: verify.Verdict
     late: kv.KVCache
-    exit_entries: kv.KVCache
+    exit_entries: kv.KVCache | None
 
 
 def _verify(
     config: ModelConfig,
     draft: DraftConfig,
     params: llama.Params,
-    branch: exit_branch.ExitBranch,
+    branch: exit_branch.ExitBranch | None,
     sampling: Sampling,
     state: DecodeState,
     drafted: _Drafting,
@@ -141,16 +178,20 @@ def _verify(
     def at_width(width: int) -> _Verified:
         hidden = drafted.hidden[:, :width]
         x, late = llama.forward_blocks(config, params["blocks"], hidden, start_B, state.cache, range(draft.exit_layer, config.num_layers))
-        _, exit_entries = exit_branch.run_exit_block(config, branch, hidden, start_B, None)
+        exit_entries = None if branch is None else exit_branch.run_exit_block(config, branch, hidden, start_B, None)[1]
         d = drafted.drafts
-        narrow = verify.Drafts(d.tokens[:, : width - 1], d.count, d.chosen[:, : width - 1], d.probs[:, : width - 1])
-        verdict = verify.accept(keys_B, narrow, branch.draft_ids, llama.logits(config, params, x), sampling)
+        narrow = d._replace(tokens=d.tokens[:, : width - 1], chosen=d.chosen[:, : width - 1], probs=d.probs[:, : width - 1])
+        draft_ids = jnp.zeros(0, jnp.int32) if branch is None else branch.draft_ids
+        verdict = verify.accept(keys_B, narrow, draft_ids, llama.logits(config, params, x), sampling)
         pad = draft.max_draft + 1 - width
-        return _Verified(verdict, kv.pad(late, pad), kv.pad(exit_entries, pad))
+        return _Verified(verdict, kv.pad(late, pad), None if exit_entries is None else kv.pad(exit_entries, pad))
 
-    widths = draft.widths
-    choice = jnp.searchsorted(jnp.array(widths), jnp.max(drafted.drafts.count) + 1)
-    return jax.lax.switch(choice, [lambda width=width: at_width(width) for width in widths])
+    return _switch_width(draft, drafted.drafts.count, at_width)
+
+
+def _where_rows(rows_B: jax.Array, new: jax.Array, before: jax.Array) -> jax.Array:
+    """`new` in the rows that are set, [B, ...]."""
+    return jnp.where(rows_B.reshape(-1, *[1] * (new.ndim - 1)), new, before)
 
 
 def _tested_and_kept(drafted_B: jax.Array, accepted_B: jax.Array, committed_B: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -165,7 +206,7 @@ def round_step(
     controller: Controller,
     eos_ids_E: jax.Array,
     params: llama.Params,
-    branch: exit_branch.ExitBranch,
+    branch: exit_branch.ExitBranch | None,
     sampling: Sampling,
     state: DecodeState,
 ) -> DecodeState:
@@ -173,6 +214,7 @@ def round_step(
 
     Args:
       config, draft, controller: static.
+      branch: None where only lookup drafts; blocks 1..N are then simply the first part of the target.
       eos_ids_E: int32 [E].
       state: with `state.draft` (see `start_drafting`); capacity at least limit + max_draft + 1.
     """
@@ -188,7 +230,9 @@ def round_step(
     exit_layer, start_B = draft.exit_layer, state.length - 1
     old_late = kv.KVCache(state.cache.k[exit_layer:], state.cache.v[exit_layer:])
     late = kv.write(old_late, verified.late, start_B, after=verified.late.v[0])
-    exit_cache = kv.write(drafted.exit_cache, verified.exit_entries, start_B, after=verified.exit_entries.v[0])
+    exit_cache = None
+    if branch is not None:
+        exit_cache = kv.write(drafted.exit_cache, verified.exit_entries, start_B, after=verified.exit_entries.v[0])
     cache = kv.KVCache(drafted.early.k + late.k, drafted.early.v + late.v)
 
     # Commit: the accepted drafts and the target's own token, cut behind the first EOS and at the budget.
@@ -210,12 +254,14 @@ def round_step(
     tested, kept = _tested_and_kept(count, accepted, committed)
     old = state.draft
     learned = controller.update(old.controller, drafted.plan, tested, kept)
-    learned = jax.tree.map(lambda new, before: jnp.where(running, new, before), learned, old.controller)
+    learned = jax.tree.map(functools.partial(_where_rows, running), learned, old.controller)
     log = RoundLog(
         old.log.rounds + running,
         *(
             field.at[rows, jnp.where(running, old.log.rounds, field.shape[1])].set(value)  # out of bounds is dropped
-            for field, value in zip(old.log[1:], (count, kept, committed, controller.mean(old.controller)), strict=True)
+            for field, value in zip(
+                old.log[1:], (count, kept, committed, controller.mean(old.controller), drafted.drafts.looked_up), strict=True
+            )
         ),
     )
     return DecodeState(

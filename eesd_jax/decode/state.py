@@ -20,7 +20,8 @@ class RoundLog(NamedTuple):
     """What every round did, from which all statistics are computed; [B, R] each, valid up to `rounds`.
 
     rounds: int32 [B]. drafted: int32, tokens drafted. accepted: int32, drafts committed. committed: int32, tokens committed: accepted + 1,
-    or accepted where the text ended within the drafts. mean: float32, the controller's expected acceptance before the round.
+    or accepted where the text ended within the drafts. mean: float32, the controller's expected acceptance before the round. looked_up:
+    bool, whether the drafts came from lookup.
     """
 
     rounds: jax.Array
@@ -28,16 +29,18 @@ class RoundLog(NamedTuple):
     accepted: jax.Array
     committed: jax.Array
     mean: jax.Array
+    looked_up: jax.Array
 
 
 class DraftState(NamedTuple):
     """What speculation carries beside the plain state.
 
-    exit_cache: keys and values of the exit block (a tuple of one), capacity S. controller: the controller's own state, leading axis B.
+    exit_cache: keys and values of the exit block (a tuple of one), capacity S; None without a branch.
+    controller: the controller's own state, leading axis B.
     log: of all rounds so far.
     """
 
-    exit_cache: KVCache
+    exit_cache: KVCache | None
     controller: Any
     log: RoundLog
 
@@ -66,4 +69,5 @@ class DecodeState(NamedTuple):
 def empty_log(batch: int, capacity: int) -> RoundLog:
     """A log of no rounds. A round commits at least one token, so there are never more than `capacity`."""
     counts = [jnp.zeros((batch, capacity), jnp.int32) for _ in range(3)]  # three arrays: the loop is given each one's memory
-    return RoundLog(jnp.zeros(batch, jnp.int32), *counts, jnp.zeros((batch, capacity), jnp.float32))
+    mean, looked_up = jnp.zeros((batch, capacity), jnp.float32), jnp.zeros((batch, capacity), bool)
+    return RoundLog(jnp.zeros(batch, jnp.int32), *counts, mean, looked_up)

@@ -19,12 +19,14 @@ class Drafts(NamedTuple):
 
     tokens: int32 [B, K], ids of the target. count: int32 [B], how many of them are this row's.
     chosen: int32 [B, K], the tokens' places in the draft vocabulary. probs: float32 [B, K, Q], the distributions they were drawn from.
+    looked_up: bool [B], rows whose drafts were not drawn at all: each is a point mass, and any token of the vocabulary.
     """
 
     tokens: jax.Array
     count: jax.Array
     chosen: jax.Array
     probs: jax.Array
+    looked_up: jax.Array
 
 
 class Verdict(NamedTuple):
@@ -37,6 +39,13 @@ class Verdict(NamedTuple):
 def _leading(accept_BxK: jax.Array) -> jax.Array:
     """How many of the first ones hold, int32 [B]."""
     return jnp.sum(jnp.cumprod(accept_BxK.astype(jnp.int32), axis=1), axis=1)
+
+
+def _probability(drafts: Drafts) -> jax.Array:
+    """Of each draft, where it was drawn: float32 [B, K]."""
+    if drafts.probs.shape[2] == 0:  # there is no branch
+        return jnp.zeros(drafts.tokens.shape, jnp.float32)
+    return jnp.take_along_axis(drafts.probs, drafts.chosen[..., None], axis=2)[..., 0]
 
 
 def _residual(p_BxV: jax.Array, q_BxV: jax.Array) -> jax.Array:
@@ -64,7 +73,7 @@ def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, lo
     # 1. Each draft against its own position.
     u_BxK = jax.vmap(lambda key: jax.random.uniform(key, (width - 1,)))(accept_keys)
     p_BxK = jnp.take_along_axis(p_BxWxV[:, :-1], drafts.tokens[..., None], axis=2)[..., 0]
-    q_BxK = jnp.take_along_axis(drafts.probs, drafts.chosen[..., None], axis=2)[..., 0]
+    q_BxK = jnp.where(drafts.looked_up[:, None], 1.0, _probability(drafts))
     ours = jnp.arange(width - 1) < drafts.count[:, None]
     accepted = _leading(ours & (u_BxK * q_BxK < p_BxK))
 
@@ -73,9 +82,11 @@ def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, lo
     rejected = accepted < drafts.count
     if width > 1:
         place = jnp.minimum(accepted, width - 2)
-        q_BxQ = jnp.take_along_axis(drafts.probs, place[:, None, None], axis=1)[:, 0] * rejected[:, None]
+        q_BxQ = jnp.take_along_axis(drafts.probs, place[:, None, None], axis=1)[:, 0]
         q_BxV = q_BxQ if q_BxQ.shape[1] == vocabulary else jnp.zeros_like(p_BxV).at[:, draft_ids_Q].set(q_BxQ)
-        p_BxV = _residual(p_BxV, q_BxV)
+        token_Bx1 = jnp.take_along_axis(drafts.tokens, place[:, None], axis=1)
+        q_BxV = jnp.where(drafts.looked_up[:, None], jnp.arange(vocabulary) == token_Bx1, q_BxV)
+        p_BxV = _residual(p_BxV, q_BxV * rejected[:, None])
     token = jax.vmap(jax.random.categorical)(token_keys, jnp.log(p_BxV)).astype(jnp.int32)
     return Verdict(accepted, token)
 

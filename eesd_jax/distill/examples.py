@@ -115,8 +115,18 @@ def write_dataset(folder: epath.PathLike, splits: dict[str, Iterable[dict[str, A
       folder: must not be a dataset yet; local or remote.
       splits: records of each split: tokens, response, index, temperature, prompt_id (see `_features`). Splits without records are left out.
       provenance: for the metadata; JSON.
+
+    Raises:
+      UserError: it cannot be written there.
     """
     folder = epath.Path(folder)
+    try:
+        _write_whole(folder, splits, provenance)
+    except OSError as error:
+        raise UserError(f"dataset {os.fspath(folder)!r} cannot be written ({error}); expected a folder that is not there yet") from None
+
+
+def _write_whole(folder: epath.Path, splits: dict[str, Iterable[dict[str, Any]]], provenance: dict[str, Any]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     # Array records are written by C++, to local files; beside a local target, so that the rename stays within one file system.
     is_local = "://" not in os.fspath(folder)
@@ -129,7 +139,7 @@ def write_dataset(folder: epath.PathLike, splits: dict[str, Iterable[dict[str, A
         partial.mkdir()
         _write_local(os.fspath(partial), splits, provenance)
         if is_local:
-            partial.rename(folder)
+            os.rename(partial, folder)
         else:
             folder.mkdir(parents=True, exist_ok=True)
             for file in sorted(partial.iterdir(), key=lambda path: path.name == _INFO_FILE):  # that one vouches for the others

@@ -1,13 +1,12 @@
 """What the exit branch learns by: the target's own distribution, position by position (EESD, section 3.2; Hinton et al. 2015).
 
-Logits of one chunk of positions exist at a time: `[B, T, V]` never does, neither forward nor backward (the backward pass computes each
-chunk's logits again).
+Logits of one chunk of positions exist at a time: `[B, T, V]` never does, as a chunk's part of the gradient is computed at once.
 
 Axes: B rows, T tokens, C positions of a chunk, D hidden, V vocabulary, Q draft vocabulary, K kept tokens.
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -108,27 +107,60 @@ def regression(student_BxTxD: jax.Array, target_BxTxD: jax.Array) -> jax.Array:
 
 
 def sum_in_chunks(
-    score: Callable[..., Totals], chunk: int, loss_mask_BxT: jax.Array, student_BxTxD: jax.Array, teacher: jax.Array | TopTokens | tuple
+    score: Callable[..., Totals],
+    chunk: int,
+    params: Any,
+    student_BxTxD: jax.Array,
+    loss_mask_BxT: jax.Array,
+    teacher: jax.Array | TopTokens | tuple,
 ) -> Totals:
-    """Sums `score(student, teacher)` over the positions of `loss_mask`, `chunk` positions of every row at a time.
+    """Sums `score(params, student, teacher)` over the positions of `loss_mask`, `chunk` positions of every row at a time.
+
+    Only `loss` has a gradient, in `params` and `student`. It is computed along with the value, chunk by chunk, while the logits are there:
+    so nothing of them is kept, and nothing is computed twice.
 
     Args:
-      score: takes [B, C, D] and the teacher's part of those positions, gives `Totals` of [B, C].
+      score: takes params, [B, C, D] and the teacher's part of those positions, gives `Totals` of [B, C].
       chunk: positions at once; a last, shorter part is padded.
-      teacher: any pytree of [B, T, ...].
+      params: any pytree of float arrays. teacher: any pytree of [B, T, ...].
     """
 
-    @jax.checkpoint
-    def one_chunk(mask_BxC: jax.Array, student: jax.Array, part: jax.Array | TopTokens | tuple) -> Totals:
-        # Not a product with the mask: what stands at positions that do not count may be anything.
-        return Totals(*(jnp.sum(jnp.where(mask_BxC, value, 0.0)) for value in score(student, part)))
+    def one_chunk(params: Any, student_BxCxD: jax.Array, mask_BxC: jax.Array, part: jax.Array | TopTokens | tuple) -> Totals:
+        # Not a product with the mask: what stands at positions that do not count may be any finite number.
+        return Totals(*(jnp.sum(jnp.where(mask_BxC, value, 0.0)) for value in score(params, student_BxCxD, part)))
 
-    def step(totals: Totals, xs: tuple) -> tuple[Totals, None]:
-        return jax.tree.map(jnp.add, totals, one_chunk(*xs)), None
+    def with_loss(*arguments: Any) -> tuple[jax.Array, Totals]:
+        totals = one_chunk(*arguments)
+        return totals.loss, totals
 
-    zeros = Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
-    chunks = jax.tree.map(lambda leaf: split_positions(leaf, chunk), (loss_mask_BxT, student_BxTxD, teacher))
-    return jax.lax.scan(step, zeros, chunks)[0]
+    @jax.custom_vjp
+    def total(params: Any, *sequences: Any) -> Totals:
+        def step(totals: Totals, parts: tuple) -> tuple[Totals, None]:
+            return jax.tree.map(jnp.add, totals, one_chunk(params, *parts)), None
+
+        return jax.lax.scan(step, zero_totals(), split(sequences))[0]
+
+    def forward(params: Any, *sequences: Any) -> tuple[Totals, tuple]:
+        def step(sums: tuple[Totals, Any], parts: tuple) -> tuple[tuple[Totals, Any], jax.Array]:
+            (_, totals), (of_params, of_student) = jax.value_and_grad(with_loss, (0, 1), has_aux=True)(params, *parts)
+            return jax.tree.map(jnp.add, sums, (totals, of_params)), of_student
+
+        zeros = zero_totals(), jax.tree.map(jnp.zeros_like, params)
+        (totals, of_params), of_student = jax.lax.scan(step, zeros, split(sequences))
+        return totals, (of_params, join_positions(of_student, student_BxTxD.shape[1]))
+
+    def backward(gradients: tuple, by: Totals) -> tuple:
+        return *jax.tree.map(lambda gradient: (by.loss * gradient).astype(gradient.dtype), gradients), None, None
+
+    def split(sequences: tuple) -> tuple:
+        return jax.tree.map(lambda leaf: split_positions(leaf, chunk), sequences)
+
+    total.defvjp(forward, backward)
+    return total(params, student_BxTxD, loss_mask_BxT, teacher)
+
+
+def zero_totals() -> Totals:
+    return Totals(*(jnp.zeros((), jnp.float32) for _ in Totals._fields))
 
 
 def split_positions(x: jax.Array, chunk: int) -> jax.Array:

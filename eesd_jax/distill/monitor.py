@@ -1,8 +1,8 @@
 """What a training run shows: a progress bar, `metrics.jsonl`, TensorBoard events, and curves at the end.
 
-`metrics.jsonl` has a line a step (`loss`, `agreement`, `overlap`, `coverage`, `grad_norm`, `learning_rate`, `tokens_per_second`, and `mfu`
-where the device's peak is known) and a line an evaluation (names begin with `held_out/`). A resumed run first drops the lines behind its
-checkpoint.
+`metrics.jsonl` has a line a step (`loss`, `agreement`, `overlap`, `coverage`, `positions`, `grad_norm`, `param_norm`, `learning_rate`,
+`tokens_per_second`, and `mfu` where the device's peak is known) and a line an evaluation (names begin with `held_out/`). A resumed run
+first drops the lines behind its checkpoint.
 """
 
 import json
@@ -13,13 +13,14 @@ from typing import Any
 
 from etils import epath
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
 from eesd_jax import plots
 
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "training.png"
+_HELD_OUT = "held_out/"
 _SMOOTHING = 0.95
 _TENSORBOARD_EVERY = 10
 
@@ -35,13 +36,15 @@ class Monitor:
         self._output, self._steps, self._writes = output, steps, writes
         self._records: list[dict[str, Any]] = []
         self._progress: Progress | None = None
+        self._written = 0  # records
+        self._events: SummaryWriter | None = None
+        self._task: TaskID | None = None
         self._rate = 0.0
         self._last: float | None = None
         self.positions = 0
 
     def __enter__(self) -> "Monitor":
         if self._writes:
-            self._output.mkdir(parents=True, exist_ok=True)
             columns = (
                 TextColumn("{task.description}"),
                 BarColumn(),
@@ -57,8 +60,8 @@ class Monitor:
     def __exit__(self, *error: Any) -> None:
         if self._progress is not None:
             self._progress.stop()
-            self._flush()
-        if getattr(self, "_events", None) is not None:
+        if self._events is not None:
+            self.flush()
             self._events.close()
 
     def follow(self, what: str, counts: Iterable[int], total: int, start: int, tokens_each: int) -> None:
@@ -75,8 +78,8 @@ class Monitor:
             seconds = time.perf_counter() - began
             self.say(f"{what}: {count - start} rows in {seconds:.0f} s, {(count - start) * tokens_each / max(seconds, 1e-9):,.0f} tokens/s")
 
-    def start(self, done: int) -> None:
-        """Before the first step of this process, with `done` steps behind it."""
+    def start(self, done: int, *, evaluated: bool) -> None:
+        """Before the first step of this process, with `done` steps behind it. evaluated: whether the last of them was followed by one."""
         if not self._writes:
             return
         path = self._output / METRICS_NAME
@@ -86,11 +89,14 @@ class Monitor:
                     record = json.loads(line)
                 except ValueError:  # the last line of a run that was killed
                     continue
-                if record["step"] <= done:
+                is_evaluation = any(name.startswith(_HELD_OUT) for name in record)
+                if record["step"] < done or (record["step"] == done and (evaluated or not is_evaluation)):
                     self._records.append(record)
-        self.positions = sum(int(record.get("positions", 0)) for record in self._records)
-        self._written = 0
-        self._flush(whole=True)
+        self.positions = sum(record.get("positions", 0) for record in self._records)
+        partial = path.with_name(f".{METRICS_NAME}.partial")
+        partial.write_text("")
+        self._append(partial)
+        partial.replace(path)
         self._events = SummaryWriter(str(self._output / "tensorboard"), purge_step=done + 1)
         self._task = self._progress.add_task("distilling", total=self._steps, completed=done, text="")
         if done:
@@ -108,10 +114,11 @@ class Monitor:
             if peak:
                 values["mfu"] = round(self._rate * flops / peak, 4)
         self._last = now
-        self.positions += int(values["positions"])
-        self._records.append({"step": at} | {name: _rounded(value) for name, value in values.items()})
+        positions = int(values["positions"])
+        self.positions += positions
+        self._records.append({"step": at} | {name: _rounded(value) for name, value in values.items()} | {"positions": positions})
         if at % _TENSORBOARD_EVERY == 0 or at == self._steps:
-            self._flush()
+            self.flush()
             for name, value in values.items():
                 self._events.add_scalar(name, value, at)
         text = (
@@ -122,12 +129,12 @@ class Monitor:
     def evaluation(self, at: int, values: dict[str, float]) -> None:
         """What was found on held-out text behind a step."""
         self._last = None  # its time is not the next step's
-        if not self._writes:
+        if not self._writes or not values:
             return
-        self._records.append({"step": at} | {f"held_out/{name}": _rounded(value) for name, value in values.items()})
-        self._flush()
+        self._records.append({"step": at} | {f"{_HELD_OUT}{name}": _rounded(value) for name, value in values.items()})
+        self.flush()
         for name, value in values.items():
-            self._events.add_scalar(f"held_out/{name}", value, at)
+            self._events.add_scalar(f"{_HELD_OUT}{name}", value, at)
         rate = f", {self._rate:,.0f} tokens/s" if self._rate else ""
         self.say(f"step {at}: " + ", ".join(f"{name} {value:.3f}" for name, value in values.items()) + rate)
 
@@ -139,22 +146,20 @@ class Monitor:
     def plot(self) -> None:
         """Draws the curves of the whole run."""
         if self._writes:
-            self._flush()
+            self.flush()
             (self._output / PLOT_NAME).write_bytes(plots.training(self._records))
 
-    def _flush(self, *, whole: bool = False) -> None:
-        path = self._output / METRICS_NAME
-        if not hasattr(self, "_written"):
-            return
+    def flush(self) -> None:
+        """Writes the lines of all steps that have ended."""
+        if self._writes:
+            self._append(self._output / METRICS_NAME)
+
+    def _append(self, path: epath.Path) -> None:
         text = "".join(json.dumps(record) + "\n" for record in self._records[self._written :])
-        if whole:
-            partial = self._output / f".{METRICS_NAME}.partial"
-            partial.write_text(text)
-            partial.replace(path)
-        elif text:
+        self._written = len(self._records)
+        if text:
             with path.open("a") as file:
                 file.write(text)
-        self._written = len(self._records)
 
 
 def _rounded(value: float) -> float:

@@ -99,8 +99,8 @@ _OWN, _SHARED = PartitionSpec("data"), PartitionSpec()
 
 
 @functools.partial(jax.jit, static_argnames=("static", "rows"))
-def _empty(static: _Static, rows: int, params: llama.Params) -> _Rows:
-    """Rows without text: finished before they began."""
+def _empty(static: _Static, rows: int, params: llama.Params, branch: ExitBranch | None) -> _Rows:
+    """Rows without text, `rows` on each device: finished before they began."""
 
     def build() -> _Rows:
         dtype, capacity = params["embed"].dtype, static.capacity
@@ -110,7 +110,7 @@ def _empty(static: _Static, rows: int, params: llama.Params) -> _Rows:
         cache = kv.empty(static.config, rows, capacity, dtype)
         state = DecodeState(tokens, ones, ones * 1, ones * LENGTH, keys, cache, None)
         if static.controller is not None:
-            exit_cache = kv.empty(static.config, rows, capacity, dtype, blocks=1)
+            exit_cache = None if branch is None else kv.empty(static.config, rows, capacity, dtype, blocks=1)
             state = speculative.start_drafting(state, exit_cache, static.controller)
         zeros = jnp.zeros(rows)
         return _Rows(state, Sampling(zeros, jnp.zeros(rows, jnp.int32), jnp.ones(rows), zeros * 1))
@@ -241,7 +241,7 @@ class Refiller:
         chunk = self._config.prompt_buckets[-1]
         static = _Static(self._model_config, self._draft, self._controller, self._mesh, capacity, chunk)
         key = jax.device_put(key, self._everywhere)
-        rows = _empty(static, self._rows, self._params)
+        rows = _empty(static, self._rows, self._params, self._branch)
         owners: list[Request | None] = [None] * (self._devices * self._rows)
         ended: list[Response] = []
         while queue or any(owners):

@@ -92,7 +92,7 @@ class Journal:
         if not path.exists():
             partial = self._folder / f".{name}.{self._process_index}"
             partial.write_text(json.dumps(ours, indent=2))
-            partial.rename(path)  # of processes that come together, each writes the same, or the last one's is refused by the others
+            partial.replace(path)  # of processes that come together, each writes the same, or the last one's is refused by the others
         _check_file(path, ours, self._output_dir)
 
     @property

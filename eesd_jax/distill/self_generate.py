@@ -243,6 +243,7 @@ class Run:
         if self._rows % mesh.shape["data"]:
             raise UserError(f"self_generate.batch_size is {self._rows}; expected a multiple of {mesh.shape['data']}, the number of devices")
         self._engine = _load(config, mesh) if engine is None else engine
+        self._controller = self._engine.controller(ours.controller, batch=self._rows)
         self._user_turn = prompt_source.UserTurn(self._engine) if prompts is None else None
         self._prompts, self._prompt_ids = ([], []) if prompts is None else self._encode(prompts)
         self.num_responses = ours.num_responses or len(self._prompts)
@@ -262,7 +263,7 @@ class Run:
             "eos_ids": list(model.eos_ids),
             "dtype": str(model.params["embed"].dtype),
         }
-        if self._engine.drafter is not None:
+        if ours.exit_branch != "none":
             self.target["exit_branch_fingerprint"] = fingerprint(self._engine.drafter.branch._asdict())
 
     def _encode(self, prompts: Sequence[Conversation]) -> tuple[list[Conversation], list[list[int]]]:
@@ -306,8 +307,7 @@ class Run:
     def generate(self, journal: Journal, process_index: int, process_count: int, watch: Watch | None = None) -> Summary:
         """Makes the responses of one process that are not in the journals yet."""
         own = range(process_index, self.num_responses, process_count)
-        controller = self._engine.controller(self._ours.controller, batch=self._rows)
-        refiller = Refiller(self._engine, self._mesh, self._rows, controller, self._refill)
+        refiller = Refiller(self._engine, self._mesh, self._rows, self._controller, self._refill)
         key = jax.random.key(self._ours.seed % 2**32)
         parts = 1 if self._user_turn is None else 2
         done = sum((i in journal.users) + (i in journal.answers) for i in own)

@@ -47,7 +47,10 @@ class Frozen(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """Means over the positions of a batch, float32 scalars; see `loss.Totals`. grad_norm: before clipping. positions: how many."""
+    """Means over the positions of a batch, float32 scalars; see `loss.Totals`.
+
+    positions: how many. grad_norm: before clipping. param_norm: of what learns, behind the step.
+    """
 
     loss: jax.Array
     agreement: jax.Array
@@ -55,6 +58,7 @@ class Metrics(NamedTuple):
     coverage: jax.Array
     positions: jax.Array
     grad_norm: jax.Array
+    param_norm: jax.Array
     learning_rate: jax.Array
 
 
@@ -144,9 +148,11 @@ def total_loss(config: StepConfig, trained: Trained, frozen: Frozen, features: F
     student = branch_hidden(config.model, branch, features.hidden.astype(dtype), batch)
     vocab_size = frozen.trunk.head.shape[0]
 
-    def score(student_BxCxD: jax.Array, part: tuple[jax.Array | None, losses.TopTokens | None]) -> losses.Totals:
+    def score(head: jax.Array | None, student_BxCxD: jax.Array, part: tuple[jax.Array | None, losses.TopTokens | None]) -> losses.Totals:
         last, top = part
-        logits = llama.linear(student_BxCxD, branch.head, preferred_element_type=jnp.float32)
+        # In float32 up to here, so that its gradient is summed over the chunks in float32.
+        head = frozen.head if head is None else head.astype(dtype)
+        logits = llama.linear(student_BxCxD, head, preferred_element_type=jnp.float32)
         if top is None:
             totals = losses.against_logits(config.loss, frozen.draft_ids, logits, teacher.teacher_logits(frozen.trunk, last))
         else:
@@ -156,7 +162,7 @@ def total_loss(config: StepConfig, trained: Trained, frozen: Frozen, features: F
         return totals
 
     last = None if features.last is None else features.last.astype(dtype)
-    return losses.sum_in_chunks(score, config.loss.chunk, batch.loss_mask, student, (last, features.top))
+    return losses.sum_in_chunks(score, config.loss.chunk, trained.head, student, batch.loss_mask, (last, features.top))
 
 
 def train_step(
@@ -192,14 +198,18 @@ def train_step(
         def add(sums: tuple[losses.Totals, Trained], part: tuple[Batch, Features | None]) -> tuple[tuple[losses.Totals, Trained], None]:
             return jax.tree.map(jnp.add, sums, differentiate(*part)), None
 
-        zeros = losses.Totals(*(jnp.zeros((), jnp.float32) for _ in losses.Totals._fields)), jax.tree.map(jnp.zeros_like, state.trained)
+        zeros = losses.zero_totals(), jax.tree.map(jnp.zeros_like, state.trained)
         (totals, gradients), _ = jax.lax.scan(add, zeros, jax.tree.map(split, (batch, features)))
     positions = jnp.maximum(totals.positions, 1.0)
     gradients = jax.tree.map(lambda leaf: leaf / positions, gradients)
     updates, optimizer = config.make_optimizer().update(gradients, state.optimizer, state.trained)
     trained = optax.apply_updates(state.trained, updates)
     metrics = Metrics(
-        *(value / positions for value in totals[:-1]), totals.positions, optax.tree.norm(gradients), config.schedule(state.step)
+        *(value / positions for value in totals[:-1]),
+        totals.positions,
+        optax.tree.norm(gradients),
+        optax.tree.norm(trained),
+        config.schedule(state.step),
     )
     return TrainState(state.step + 1, trained, optimizer), metrics
 

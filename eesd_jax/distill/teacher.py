@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from eesd_jax.config import ModelConfig
 from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, sharding
+from eesd_jax.model import llama
 
 
 class Trunk(NamedTuple):
@@ -122,7 +122,7 @@ class FeatureCache:
       rows: how many are written.
 
     Raises:
-      UserError: the folder holds the features of another model, exit layer or data.
+      UserError: the folder holds the features of another model, exit layer or data, or there is no room for them.
     """
 
     def __init__(
@@ -151,9 +151,12 @@ class FeatureCache:
             for name, (kind, shape) in kinds.items():
                 np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(count, length, *shape)).flush()
             _write_whole(about, json.dumps(described, indent=1))
-        self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kinds}
         progress = folder / "rows_done"
-        self.rows = int(progress.read_text()) if progress.exists() else 0
+        try:
+            self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kinds}
+            self.rows = int(progress.read_text()) if progress.exists() else 0
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder} cannot be read ({error}); expected a whole cache: remove it, and it is written again") from None
 
     @property
     def complete(self) -> bool:
@@ -170,7 +173,13 @@ class FeatureCache:
             found = jax.device_get(compute(batch))
             values = {"hidden": found.hidden, "ids": found.top.ids, "log_probs": found.top.log_probs, "last": found.last}
             for name, array in self._arrays.items():
-                array[chosen.start : chosen.stop] = values[name][: len(chosen)].astype(array.dtype)
+                with np.errstate(over="ignore"):  # said below, in our words
+                    array[chosen.start : chosen.stop] = values[name][: len(chosen)].astype(array.dtype)
+                if not np.isfinite(array[chosen.start : chosen.stop]).all():
+                    raise UserError(
+                        f"the target's {name} of rows {chosen.start} to {chosen.stop - 1} has values beyond {array.dtype}; "
+                        "expected cache.dtype='float32', or cache.enabled=False"
+                    )
             self.rows = chosen.stop
             if self.complete or self.rows - last_flushed >= 64 * batch_size:
                 # Rows count as done only when they are on disk.
@@ -190,8 +199,3 @@ def _write_whole(path: pathlib.Path, text: str) -> None:
     partial = path.with_name(f".{path.name}.partial")
     partial.write_text(text)
     partial.replace(path)
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(dict(sharding.LOGICAL_AXIS_RULES)["batch"]))

@@ -92,20 +92,26 @@ def attention(
 
     if window is not None:
         mask_TxT = mask_TxT & (offset_T[:, None] - offset_T[None, :] < window)
-    new_scores = scores(new_k, mask_TxT if mask_TxT.ndim == 2 else mask_TxT[:, None, None])
-    peak = jnp.max(new_scores, axis=-1, keepdims=True)  # finite: every token sees itself
+    mask = mask_TxT if mask_TxT.ndim == 2 else mask_TxT[:, None, None]
     if cached_k is None:
+        # Queries of all heads of a group as rows of one matrix: then XLA multiplies the gradient's matrices, too, as they lie.
+        rows = q.reshape(batch, kv_heads, -1, head_dim)
+        raw = einsum("bkrh,bkhs->bkrs", rows, new_k, preferred_element_type=jnp.float32)
+        new_scores = jnp.where(mask, raw.reshape(*q.shape[:4], length), -jnp.inf)
+        # Finite, as every token sees itself; it changes nothing but the rounding, so it has no gradient.
+        peak = jax.lax.stop_gradient(jnp.max(new_scores, axis=-1, keepdims=True))
         weights = jnp.exp(new_scores - peak)
         total = jnp.sum(weights, axis=-1, keepdims=True)
-        out = einsum("bkgts,bksh->bkgth", weights.astype(new_v.dtype), new_v, preferred_element_type=jnp.float32)
+        rows = weights.astype(new_v.dtype).reshape(batch, kv_heads, -1, length)
+        out = einsum("bkrs,bksh->bkrh", rows, new_v, preferred_element_type=jnp.float32).reshape(q.shape)
     else:
         slot_S = jnp.arange(cached_k.shape[3])
         visible = (slot_S < start_B[:, None])[:, None]  # [B, 1, S]
         if window is not None:
             position_BxT = start_B[:, None] + offset_T
             visible = visible & (position_BxT[:, :, None] - slot_S < window)  # [B, T, S]
-        old_scores = scores(cached_k, visible[:, None, None])
-        peak = jnp.maximum(peak, jnp.max(old_scores, axis=-1, keepdims=True))
+        new_scores, old_scores = scores(new_k, mask), scores(cached_k, visible[:, None, None])
+        peak = jnp.maximum(jnp.max(new_scores, axis=-1, keepdims=True), jnp.max(old_scores, axis=-1, keepdims=True))
         new_weights, old_weights = jnp.exp(new_scores - peak), jnp.exp(old_scores - peak)
         total = jnp.sum(new_weights, axis=-1, keepdims=True) + jnp.sum(old_weights, axis=-1, keepdims=True)
         out = einsum("bkgts,bksh->bkgth", old_weights.astype(cached_v.dtype), cached_v, preferred_element_type=jnp.float32)

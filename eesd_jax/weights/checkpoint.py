@@ -1,6 +1,7 @@
 """Checkpoints of a training run (orbax): written in the background, whole or not at all, each saying which experiment it is of."""
 
 import json
+import os
 from typing import Any
 
 import jax
@@ -20,14 +21,14 @@ class Checkpoints:
       identity: what makes the experiment what it is, JSON; by name.
 
     Raises:
-      UserError: from `restore`, where the last checkpoint is of another experiment.
+      UserError: from `restore`, where the last checkpoint is of another experiment, or damaged.
     """
 
     def __init__(self, folder: epath.Path, keep: int, identity: dict[str, Any]):
         self._folder, self._identity = folder, json.loads(json.dumps(identity))
         folder.mkdir(parents=True, exist_ok=True)
         self._checkpointer = ocp.training.Checkpointer(
-            folder,
+            folder if "://" in os.fspath(folder) else os.path.abspath(folder),  # orbax takes no others
             preservation_policy=ocp.training.preservation_policies.LatestN(keep),
             cleanup_tmp_directories=True,  # of a run that was killed while it wrote
         )
@@ -46,12 +47,21 @@ class Checkpoints:
 
     def restore(self, initial: Any) -> tuple[Any, Any]:
         """The last state, placed as the arrays of `initial` are, and what was saved beside it; `initial` and None where there is none."""
-        if self._checkpointer.latest is None:
+        if not self.latest:
             return initial, None
-        about = self._checkpointer.metadata().custom_metadata
-        refuse_other(about["identity"], self._identity, str(self._folder.parent))
         abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), initial)
-        return self._checkpointer.load(abstract_state=abstract), about["beside"]
+        try:
+            about = self._checkpointer.metadata().custom_metadata
+            refuse_other(about["identity"], self._identity, os.fspath(self._folder.parent))
+            return self._checkpointer.load(abstract_state=abstract), about["beside"]
+        except UserError:
+            raise
+        except Exception as error:  # whatever orbax and its parsers raise
+            reason = " ".join(str(error).split())[:120]  # orbax says everything that it knows
+            raise UserError(
+                f"checkpoint {os.fspath(self._folder / str(self.latest))!r} cannot be read ({type(error).__name__}: {reason} ...); "
+                "expected a whole one: without that folder, training goes on from the one before"
+            ) from None
 
     def save(self, done: int, state: Any, beside: Any) -> None:
         """Begins to write the state behind step `done`, and JSON beside it, unless that step is there already."""

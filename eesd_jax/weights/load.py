@@ -77,7 +77,7 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
       UserError: anything about the name or the files that cannot be used.
     """
     if name == tiny.TINY_NAME:
-        return _random_model(tiny.config(), tiny.init_key(), tiny.tokenizer(), dtype, mesh)
+        return _random_model(tiny.config(), tiny.tokenizer(), dtype, mesh)
     path = hub.find_model(name)
     if path.is_file():
         source = gguf.GGUFSource(path)
@@ -96,13 +96,11 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
     return LoadedModel(config, load_params(config, source, dtype, mesh), text, tuple(sorted(set(eos_ids))))
 
 
-def _random_model(config: ModelConfig, key: jax.Array, text: PreTrainedTokenizerBase, dtype: jnp.dtype, mesh: Mesh | None) -> LoadedModel:
-    placements = sharding.param_shardings(config, mesh) if mesh else jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-    def init(key: jax.Array) -> llama.Params:
-        return nn.meta.unbox(llama.init(config, key, dtype))
-
-    return LoadedModel(config, jax.jit(init, out_shardings=placements)(key), text, (text.eos_token_id,))
+def _random_model(config: ModelConfig, text: PreTrainedTokenizerBase, dtype: jnp.dtype, mesh: Mesh | None) -> LoadedModel:
+    abstract = nn.meta.unbox(sharding.abstract_params(config))
+    names, leaves = jax.tree.leaves(_source_names(abstract)), jax.tree.leaves(abstract)
+    source = tiny.RandomSource({name: leaf.shape for name, leaf in zip(names, leaves, strict=True)})
+    return LoadedModel(config, load_params(config, source, dtype, mesh), text, (text.eos_token_id,))
 
 
 def _folder_eos_ids(folder: pathlib.Path, hf_config: dict) -> list[int]:

@@ -1,0 +1,165 @@
+"""How fast a branch is trained, from a cache and online, on the built-in model.
+
+    python benchmarks/training.py
+    python benchmarks/training.py --modes=cached --chunks=64,256,512 --train_head --output=training.json
+
+Rows are filled with random tokens, which changes nothing about the speed. What is timed is the trainer's own: reading a batch (and its
+features, memory-mapped), placing it, and the jitted step; not evaluations and checkpoints. Writing the cache is timed as well: a run does
+it once. Settings of one mode take turns, so that a drift of the machine's speed cancels; medians count.
+"""
+
+import dataclasses
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from etils import epath
+
+from eesd_jax import cli, report
+from eesd_jax.config import ExperimentConfig
+from eesd_jax.distill import examples
+from eesd_jax.distill.layout import make_layout
+from eesd_jax.distill.monitor import Monitor
+from eesd_jax.distill.teacher import FeatureCache
+from eesd_jax.distill.trainer import Run
+from eesd_jax.engine import use_compilation_cache
+from eesd_jax.errors import UserError
+from eesd_jax.weights.branch_folder import config_hash
+from eesd_jax.weights.load import LoadedModel, load_model
+
+FLAGS = flags.FLAGS
+MODES = ("cached", "online")
+flags.DEFINE_string("model", "demo", "As for infer/generate.py.")
+flags.DEFINE_string("dtype", "", "Of the trunk: float32 or bfloat16; by default the device's own.")
+flags.DEFINE_list("modes", list(MODES), "What is measured: cached, online or both.")
+flags.DEFINE_integer("exit_layer", 4, "Blocks before the branch.")
+flags.DEFINE_integer("draft_vocab", 8192, "Tokens that the branch can draft; 0 for all.")
+flags.DEFINE_bool("train_head", False, "Whether the branch's head is trained, too.")
+flags.DEFINE_integer("batch_size", 8, "Rows of a step.")
+flags.DEFINE_integer("sequence_length", 512, "Tokens of a row.")
+flags.DEFINE_integer("top_tokens", 16, "Tokens that the cache keeps at each position.")
+flags.DEFINE_list("chunks", ["64"], "Positions of every row whose logits exist at once.")
+flags.DEFINE_integer("steps", 4, "Steps that are timed together.")
+flags.DEFINE_integer("repeats", 3, "Times that they are timed; the median counts.")
+flags.DEFINE_string("output", None, "File to write the result to (JSON).")
+
+
+def write_random_rows(folder: str, model: LoadedModel, count: int, length: int) -> None:
+    """A dataset whose every example fills a row, and is a response from its second token on."""
+    rng = np.random.default_rng(0)
+    provenance = {
+        "model": FLAGS.model,
+        "vocab_size": model.config.vocab_size,
+        "tokenizer_hash": examples.tokenizer_hash(model.tokenizer),
+        "target_config_hash": config_hash(model.config),
+    }
+    records = (
+        {
+            "tokens": rng.integers(0, model.config.vocab_size, length, np.int32),
+            "response": np.arange(length) > 0,
+            "index": i,
+            "temperature": 1.0,
+            "prompt_id": str(i),
+        }
+        for i in range(count)
+    )
+    examples.write_dataset(epath.Path(folder), {"train": records}, provenance)
+
+
+def experiment(folder: str, mode: str, chunk: int) -> ExperimentConfig:
+    """What the flags ask for."""
+    config = ExperimentConfig(model=FLAGS.model, output_dir=f"{folder}/{mode}", dtype=FLAGS.dtype, batch_size=FLAGS.batch_size)
+    return dataclasses.replace(
+        config,
+        data=dataclasses.replace(config.data, path=f"{folder}/dataset", sequence_length=FLAGS.sequence_length),
+        branch=dataclasses.replace(config.branch, exit_layer=FLAGS.exit_layer, draft_vocab=FLAGS.draft_vocab, train_head=FLAGS.train_head),
+        loss=dataclasses.replace(config.loss, chunk=chunk),
+        cache=dataclasses.replace(config.cache, enabled=mode == "cached", top_tokens=FLAGS.top_tokens),
+    )
+
+
+class Setting:
+    """One mode and chunk, ready to be timed again and again."""
+
+    def __init__(self, run: Run, cache: FeatureCache | None):
+        self._run, self._cache = run, cache
+        self._step, self._state = run.compile_step(), run.initial
+        self.flops = run.token_flops
+
+    def time(self, steps: int) -> float:
+        """Seconds of that many steps, and of reading what they read."""
+        began = time.perf_counter()
+        for item in self._run.read_ahead(self._run.new_loader(), self._cache, steps):
+            self._state, metrics = self._step(self._state, item)
+        jax.block_until_ready((self._state, metrics))
+        return time.perf_counter() - began
+
+
+def measure(folder: str, mode: str, chunks: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
+    """A row a chunk size, and what writing the cache took, where there is one."""
+    settings, filling = [], None
+    for chunk in chunks:
+        config = experiment(folder, mode, chunk)
+        layout = make_layout(config)
+        dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        run = Run(config, epath.Path(config.output_dir), layout, load_model(config.model, jnp.dtype(dtype), layout.mesh))
+        cache = None
+        if mode == "cached":
+            began = time.perf_counter()
+            cache = run.fill_caches(Monitor(run.output, 1, writes=False))["train"]
+            seconds = time.perf_counter() - began
+            filling = filling or {"tokens": len(run.rows) * FLAGS.sequence_length, "seconds": seconds}
+        settings.append(Setting(run, cache))
+        settings[-1].time(1)  # compiles
+    times: list[list[float]] = [[] for _ in settings]
+    for _ in range(FLAGS.repeats):
+        for setting, found in zip(settings, times, strict=True):
+            found.append(setting.time(FLAGS.steps))
+    tokens = FLAGS.steps * FLAGS.batch_size * FLAGS.sequence_length
+    rows = []
+    for chunk, setting, found in zip(chunks, settings, times, strict=True):
+        rate = tokens / statistics.median(found)
+        rows.append({"mode": mode, "chunk": chunk, "tokens_per_second": rate, "gflops": rate * setting.flops / 1e9})
+    return rows, filling
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    for name in FLAGS.modes:
+        if name not in MODES:
+            raise UserError(f"--modes has {name!r}; expected {' or '.join(MODES)}")
+    chunks = [int(chunk) for chunk in FLAGS.chunks if chunk.isdigit() and int(chunk) > 0]
+    if len(chunks) != len(FLAGS.chunks) or not chunks:
+        raise UserError(f"--chunks is {','.join(FLAGS.chunks)!r}; expected positive integers")
+    use_compilation_cache()
+    warnings.simplefilter("ignore", UserWarning)
+    rows, filling = [], None
+    with tempfile.TemporaryDirectory() as folder:
+        write_random_rows(f"{folder}/dataset", load_model(FLAGS.model, jnp.dtype("bfloat16")), 2 * FLAGS.batch_size, FLAGS.sequence_length)
+        for mode in FLAGS.modes:
+            found, took = measure(folder, mode, chunks)
+            rows, filling = rows + found, filling or took
+    lines = [(row["mode"], str(row["chunk"]), f"{row['tokens_per_second']:,.0f}", f"{row['gflops']:.0f}") for row in rows]
+    print(report.table(("mode", "chunk", "tokens/s", "GFLOP/s"), lines))
+    if filling:
+        rate = filling["tokens"] / filling["seconds"]
+        print(
+            f"\nwriting the cache: {filling['tokens']:,} tokens in {filling['seconds']:.0f} s, {rate:,.0f} tokens/s, compilation included"
+        )
+    if FLAGS.output:
+        shown = ("model", "exit_layer", "draft_vocab", "train_head", "batch_size", "sequence_length", "top_tokens", "steps", "repeats")
+        settings = {name: FLAGS[name].value for name in shown} | {"device": jax.devices()[0].device_kind}
+        with cli.whole_file(FLAGS.output) as file:
+            json.dump({"settings": settings, "rows": rows, "cache": filling}, file, indent=2)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,167 @@
+"""Which source drafts in a round: the exit branch, lookup in the text, or nothing; a Thompson bandit with a posterior for each (ours).
+
+Each row holds a Beta posterior of a draft's acceptance for the exit branch, and one for looked-up drafts by the length of their match,
+which says much about them. A round draws from all of them, and takes, of all pairs of lengths (one for the rows that the branch drafts
+for, one for those with looked-up drafts), the pair with the least measured time per expected token. Where the branch is chosen, its own
+controller says when to stop.
+
+Axes: B rows, M + 1 lengths of a match (0: none), L = K + 1 lengths of a draft.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.lookup import Lookup
+
+
+class ArmsState(NamedTuple):
+    """exit_alpha, exit_beta: float32 [B]. look_alpha, look_beta: float32 [B, M + 1]. inner: of the branch's controller, or None."""
+
+    exit_alpha: jax.Array
+    exit_beta: jax.Array
+    look_alpha: jax.Array
+    look_beta: jax.Array
+    inner: Any
+
+
+class ArmsPlan(NamedTuple):
+    """What a round follows, per row.
+
+    look_up: int32 [B], looked-up drafts, 0 for none. branch: bool [B], whether the exit branch drafts. matched: int32 [B], see `Lookup`.
+    inner: the plan of the branch's controller.
+    """
+
+    look_up: jax.Array
+    branch: jax.Array
+    matched: jax.Array
+    inner: Any
+
+
+def expected_tokens(theta: jax.Array, lengths_L: jax.Array) -> jax.Array:
+    """Tokens of a round of up to K drafts that are each accepted with probability theta: [...] and int32 [L] to [..., L]."""
+    theta = theta[..., None]
+    return jnp.cumsum(jnp.where(lengths_L == 0, 1.0, theta ** jnp.maximum(lengths_L, 1)), axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Arms:
+    """A bandit over sources.
+
+    Attributes:
+      inner: the controller of the exit branch; None where only lookup drafts.
+      longest_match: M.
+      exit_cost, look_cost: seconds of a round with 0, 1, ... K drafts of the branch, and with as many looked-up ones.
+      prior_alpha, prior_beta, discount, idle_discount: as in `Beta`, for each posterior.
+      fixed: looked-up drafts wherever there is a match, whatever they cost; None to choose.
+    """
+
+    inner: Controller | None
+    longest_match: int
+    exit_cost: tuple[float, ...]
+    look_cost: tuple[float, ...]
+    prior_alpha: float
+    prior_beta: float
+    discount: float
+    idle_discount: float
+    fixed: int | None = None
+
+    def init(self, batch: int) -> ArmsState:
+        shape = (batch, self.longest_match + 1)
+        # Each array has memory of its own, because the loop is given all of it.
+        alpha, beta = (jnp.full(batch, prior, jnp.float32) for prior in (self.prior_alpha, self.prior_beta))
+        look_alpha, look_beta = (jnp.full(shape, prior, jnp.float32) for prior in (self.prior_alpha, self.prior_beta))
+        return ArmsState(alpha, beta, look_alpha, look_beta, None if self.inner is None else self.inner.init(batch))
+
+    def propose(self, keys_B: jax.Array, state: ArmsState, running_B: jax.Array, found: Lookup) -> ArmsPlan:
+        """Draws from the posteriors and chooses; `found` is what lookup has to offer."""
+        exit_keys, look_keys, inner_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
+        inner = None if self.inner is None else self.inner.propose(inner_keys, state.inner, running_B)
+        nobody = jnp.zeros(running_B.shape, bool)
+        if self.fixed is not None:
+            count = jnp.where(running_B, jnp.minimum(found.count, self.fixed), 0)
+            return ArmsPlan(count, nobody, found.matched, inner)
+        lengths_L = jnp.arange(len(self.look_cost))
+        matched = found.matched[:, None]
+        look_alpha, look_beta = (jnp.take_along_axis(x, matched, axis=1)[:, 0] for x in (state.look_alpha, state.look_beta))
+        look_theta = jax.vmap(jax.random.beta)(look_keys, look_alpha, look_beta)
+        look_tokens = expected_tokens(look_theta, lengths_L)  # [B, L]
+        # A row offers no more than it found.
+        look_tokens = jnp.take_along_axis(look_tokens, jnp.minimum(lengths_L, found.count[:, None]), axis=1)
+        look_cost = jnp.array(self.look_cost, jnp.float32)
+        if self.inner is None:
+            exit_tokens, exit_cost = jnp.ones((running_B.size, 1)), look_cost[:1]
+        else:
+            exit_theta = jax.vmap(jax.random.beta)(exit_keys, state.exit_alpha, state.exit_beta)
+            exit_tokens, exit_cost = expected_tokens(exit_theta, lengths_L), jnp.array(self.exit_cost, jnp.float32)
+        exits_E = jnp.arange(exit_cost.size)
+        # What a wider pass for looked-up drafts adds to a round in which the branch drafts for other rows.
+        shared = look_cost[jnp.minimum(exits_E[:, None], lengths_L)]
+        cost_ExL = exit_cost[:, None] + look_cost - shared
+        tokens_BxExL = jnp.maximum(exit_tokens[:, :, None], look_tokens[:, None, :])
+        time_ExL = cost_ExL * jnp.sum(running_B[:, None, None] / tokens_BxExL, axis=0)
+        best = jnp.argmin(time_ExL)
+        exit_length, look_length = best // lengths_L.size, best % lengths_L.size
+        exit_gain, look_gain = exit_tokens[:, exit_length], look_tokens[:, look_length]
+        looks = running_B & (look_length > 0) & (found.count > 0) & (look_gain >= exit_gain)
+        branch = running_B & (exit_length > 0) & ~looks
+        return ArmsPlan(jnp.where(looks, jnp.minimum(look_length, found.count), 0), branch, found.matched, inner)
+
+    def keep_drafting(self, keys_B: jax.Array, plan: ArmsPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, ArmsPlan]:
+        """Whether the branch drafts on; never in rows with looked-up drafts."""
+        if self.inner is None:
+            return jnp.zeros(confidence_B.shape, bool), plan
+        keep, inner = self.inner.keep_drafting(keys_B, plan.inner, k, confidence_B)
+        return keep & plan.branch, plan._replace(inner=inner)
+
+    def update(self, state: ArmsState, plan: ArmsPlan, drafted_B: jax.Array, accepted_B: jax.Array) -> ArmsState:
+        """Counts go to the source that drafted; a round without drafts of a source lets its evidence fade a little."""
+        failed_B = jnp.minimum(drafted_B - accepted_B, 1)
+        looked = (plan.look_up > 0) & (drafted_B > 0)
+        ours = looked[:, None] & (jnp.arange(self.longest_match + 1) == plan.matched[:, None])
+        by_branch = ~looked & (drafted_B > 0)
+
+        def learn(count: jax.Array, prior: float, used: jax.Array, seen: jax.Array) -> jax.Array:
+            return prior + jnp.where(used, self.discount, self.idle_discount) * (count - prior) + jnp.where(used, seen, 0)
+
+        inner = None
+        if self.inner is not None:
+            # Where lookup drafted, the branch's controller saw a round without drafts.
+            counts = (jnp.where(by_branch, count, 0) for count in (drafted_B, accepted_B))
+            inner = self.inner.update(state.inner, plan.inner, *counts)
+        return ArmsState(
+            learn(state.exit_alpha, self.prior_alpha, by_branch, accepted_B),
+            learn(state.exit_beta, self.prior_beta, by_branch, failed_B),
+            learn(state.look_alpha, self.prior_alpha, ours, accepted_B[:, None]),
+            learn(state.look_beta, self.prior_beta, ours, failed_B[:, None]),
+            inner,
+        )
+
+    def mean(self, state: ArmsState) -> jax.Array:
+        """Of the branch's drafts, as its own controller sees it; without a branch, of looked-up drafts with the longest match."""
+        if self.inner is not None:
+            return self.inner.mean(state.inner)
+        return state.look_alpha[:, -1] / (state.look_alpha[:, -1] + state.look_beta[:, -1])
+
+
+@dataclasses.dataclass(frozen=True)
+class ForcedArms:
+    """As many drafts as the state says, int32 [B], of the branch, or of lookup where it is negative, right or wrong: for measuring."""
+
+    def init(self, batch: int) -> jax.Array:
+        return jnp.zeros(batch, jnp.int32)
+
+    def propose(self, keys_B: jax.Array, state: jax.Array, running_B: jax.Array, found: Lookup) -> ArmsPlan:
+        return ArmsPlan(jnp.maximum(-state, 0), state > 0, found.matched, state)
+
+    def keep_drafting(self, keys_B: jax.Array, plan: ArmsPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, ArmsPlan]:
+        return k < plan.inner, plan
+
+    def update(self, state: jax.Array, plan: ArmsPlan, drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
+        return state
+
+    def mean(self, state: jax.Array) -> jax.Array:
+        return jnp.full(state.shape, jnp.nan, jnp.float32)

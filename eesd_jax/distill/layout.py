@@ -1,0 +1,82 @@
+"""Where training runs: the mesh over all devices of all processes, and which rows of a batch each process reads.
+
+Axes: B rows of the global batch; other axes as the arrays have them.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eesd_jax.config import ExperimentConfig
+from eesd_jax.errors import UserError
+from eesd_jax.model import sharding
+
+
+class Layout(NamedTuple):
+    """mesh: over all devices. share, shares: this process reads part `share` of `shares` equal parts of the rows of every batch.
+
+    Processes that only hold other parts of the weights of the same rows (a `tensor` axis across processes) have the same share.
+    """
+
+    mesh: Mesh
+    share: int
+    shares: int
+
+    @property
+    def rows_home(self) -> NamedSharding:
+        """Rows over `data` and `fsdp`."""
+        return NamedSharding(self.mesh, PartitionSpec(dict(sharding.LOGICAL_AXIS_RULES)["batch"]))
+
+    def place(self, tree: Any) -> Any:
+        """This process's rows, numpy [B / shares, ...], as arrays of all rows on their devices."""
+
+        def place(leaf: np.ndarray) -> jax.Array:
+            return jax.make_array_from_process_local_data(self.rows_home, leaf, (leaf.shape[0] * self.shares, *leaf.shape[1:]))
+
+        return jax.tree.map(place, tree)
+
+
+def make_layout(config: ExperimentConfig) -> Layout:
+    """What the config asks for, over all devices; raises UserError where it does not match them, or the batch."""
+    wanted = {name: getattr(config.mesh, name) for name in sharding.MESH_AXES}
+    devices = jax.device_count()
+    open_axes = [name for name, size in wanted.items() if size == -1]
+    fixed = math.prod(size for size in wanted.values() if size != -1)
+    text = " x ".join(f"{name} {size}" for name, size in wanted.items())
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in wanted.values()):
+        raise UserError(f"mesh is {text}; expected positive sizes, and -1 (all that is left) for one axis at most")
+    if open_axes:
+        if devices % fixed:
+            raise UserError(f"mesh is {text}, and the number of devices is {devices}; expected sizes whose product divides it")
+        wanted[open_axes[0]] = devices // fixed
+    if math.prod(wanted.values()) != devices:
+        raise UserError(f"mesh is {text}, which is {math.prod(wanted.values())} devices; expected {devices}, all that there are")
+    rows = config.batch_size // config.optimizer.accumulate
+    if rows % (shards := wanted["data"] * wanted["fsdp"]):
+        raise UserError(
+            f"batch_size is {config.batch_size} in {config.optimizer.accumulate} parts of {rows}; expected parts that are a multiple of "
+            f"{shards}, the mesh's data x fsdp"
+        )
+    # A process's devices stand together, so that the rows it reads follow each other.
+    mesh = sharding.make_mesh(sorted(jax.devices(), key=_process_first), **wanted)
+    first, last = _row_shards(mesh, jax.process_index())
+    spans = {_row_shards(mesh, process) for process in range(jax.process_count())}
+    if sorted(spans) != [(start, start + last - first) for start in range(0, shards, last - first)]:
+        raise UserError(
+            f"mesh is {text} over {jax.process_count()} processes, which would share rows unevenly; "
+            "expected a tensor axis that divides a process's devices, or is a multiple of them"
+        )
+    return Layout(mesh, first // (last - first), shards // (last - first))
+
+
+def _process_first(device: jax.Device) -> tuple[int, int]:
+    return device.process_index, device.id
+
+
+def _row_shards(mesh: Mesh, process: int) -> tuple[int, int]:
+    """Which of the data x fsdp shards of rows a process's devices hold: from, up to."""
+    held = [i for i, shard in enumerate(mesh.devices.reshape(-1, mesh.shape["tensor"])) for d in shard if d.process_index == process]
+    return min(held), max(held) + 1
