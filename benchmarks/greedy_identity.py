@@ -25,7 +25,7 @@ from absl import flags
 
 import eesd_jax
 from eesd_jax import benchmark, cli, control, report
-from eesd_jax.config import DEMO_EXIT_LAYER, ControllerConfig, DecodeConfig, DraftConfig, ModelConfig
+from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ModelConfig
 from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.engine import Drafter, Engine
@@ -47,6 +47,9 @@ ALL, GRID = "all prompts", "grid"
 BRANCHES = ("random", "zero")
 CONTROLLERS = ("beta", "threshold:0.3", "cost_aware", "calibrated", "beta:plain", "fixed:max_draft")
 GRID_PROMPTS = 20
+# Early and with few tokens to draft, so that rounds are quick: what they draft is mostly wrong anyway.
+EXIT_LAYER = 2
+DRAFT_VOCAB = 8192
 # Cost of a round with k drafts, for `cost_aware`: cheap drafts, so that it drafts although few are accepted.
 COST_PER_DRAFT = 0.02
 # One capacity for all but the longest prompts: few programs to compile.
@@ -87,9 +90,10 @@ def all_cells() -> list[Cell]:
 
 def make_branch(config: ModelConfig, params: llama.Params, kind: str) -> ExitBranch:
     """An untrained branch behind block N: `zero`, or `random`: a block of random matrices before the target's own norm and head."""
+    ids = np.arange(min(DRAFT_VOCAB, config.vocab_size))  # the most frequent ones of a byte-pair vocabulary
     if kind == "zero":
-        return init_exit_branch(config, params, DEMO_EXIT_LAYER, "zero")
-    branch = init_exit_branch(config, params, DEMO_EXIT_LAYER, "next")
+        return init_exit_branch(config, params, EXIT_LAYER, "zero", ids)
+    branch = init_exit_branch(config, params, EXIT_LAYER, "next", ids)
     rng = np.random.default_rng(0)
 
     def draw(weight: jax.Array) -> jax.Array:
@@ -104,7 +108,7 @@ def decode(engine: Engine, branch: ExitBranch, cell: Cell, prompts: Prompts) -> 
     costs = RoundCosts(exit=tuple(1 + COST_PER_DRAFT * drafts for drafts in range(cell.max_draft + 1)), look_up=())
     spec = control.parse_controller(name, cell.max_draft)
     controller = control.build_controller(spec, ControllerConfig(), Calibration(), costs)
-    drafter = Drafter(branch, DraftConfig(DEMO_EXIT_LAYER, cell.max_draft), Calibration(), trained=False)
+    drafter = Drafter(branch, DraftConfig(EXIT_LAYER, cell.max_draft), Calibration(), trained=False)
     drafting = Engine(engine.model, engine.decode_config, drafter)
     return drafting.generate_ids(prompts.tokens, seeds=range(len(prompts.ids)), batch_size=cell.batch_size, controller=controller)
 

@@ -40,8 +40,7 @@ def define_model_flags() -> None:
     flags.DEFINE_string(
         "exit_branch",
         "auto",
-        "What drafts: a folder or a hub id, none, or auto: the branch that comes with the model (for demo, while there is none, "
-        "an untrained one).",
+        "The branch that drafts: a folder or a hub id, none, or auto: the one that comes with the model, if there is one.",
     )
     flags.DEFINE_list("arms", list(ARMS), "What drafts: exit (the branch), lookup (in the text so far, which needs no branch), or both.")
     flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens to draft in a round.")

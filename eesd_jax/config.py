@@ -275,9 +275,6 @@ class DraftConfig:
         return (*(width for width in self.verify_widths if width <= self.max_draft), self.max_draft + 1)
 
 
-# Where the built-in model has no trained branch yet: an exit after this block, started so, and with the whole vocabulary.
-DEMO_EXIT_LAYER = 4
-DEMO_START = "zero"
 ARMS = ("exit", "lookup")  # what can draft: the exit branch, and lookup in the text so far
 LONGEST_MATCH = 3
 # Wherever there is anything to draft with.

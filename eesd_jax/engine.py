@@ -20,8 +20,6 @@ from jax.sharding import Mesh
 from eesd_jax import control, cost_table
 from eesd_jax.config import (
     ARMS,
-    DEMO_EXIT_LAYER,
-    DEMO_START,
     LONGEST_MATCH,
     ControllerConfig,
     DecodeConfig,
@@ -36,7 +34,7 @@ from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.model import cpu_rows, llama
-from eesd_jax.model.exit_branch import ExitBranch, init_exit_branch
+from eesd_jax.model.exit_branch import ExitBranch
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import branch_folder, hub
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -101,8 +99,8 @@ def load(
       dtype: "float32" or "bfloat16"; by default float32 on CPU and bfloat16 elsewhere.
       mesh: a `data` x `fsdp` x `tensor` mesh to place the weights on; by default one device.
       decode_config: defaults of generation and its buckets.
-      exit_branch: a folder or a hub id; `none`; or `auto`: the branch that this package carries for the model, for `demo` otherwise an
-        untrained one, and for other models none (which is warned of).
+      exit_branch: a folder or a hub id; `none`; or `auto`: the branch that this package carries for the model, and none for models for
+        which it carries none (which is warned of).
       max_draft: the most tokens that a round may draft, at least 1.
       arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none.
 
@@ -130,9 +128,6 @@ def load(
     draft = DraftConfig(0, max_draft, longest_match=longest_match)
     if folder is not None:
         drafter = _read_drafter(folder, target, mesh, draft)
-    elif exit_branch == "auto" and model == hub.DEMO_NAME:
-        branch = init_exit_branch(target.config, target.params, DEMO_EXIT_LAYER, DEMO_START)
-        drafter = Drafter(branch, dataclasses.replace(draft, exit_layer=DEMO_EXIT_LAYER), Calibration(), trained=False)
     else:
         drafter = Drafter(None, draft, Calibration(), trained=False) if longest_match else None
         if exit_branch == "auto":

@@ -18,7 +18,7 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import eesd_jax
-from eesd_jax.config import DEMO_EXIT_LAYER, ModelConfig, RopeConfig
+from eesd_jax.config import ModelConfig, RopeConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama, sharding
@@ -436,20 +436,3 @@ def test_auto_takes_the_branch_that_this_package_carries(tmp_path, monkeypatch):
     assert_equal(eesd_jax.load("you/tiny").drafter.branch, branch)
     with pytest.warns(UserWarning, match="'you/other': drafts come from lookup alone"):
         assert eesd_jax.load("you/other").drafter.branch is None
-
-
-def test_the_built_in_model_has_an_untrained_branch_until_a_trained_one_is_carried(tmp_path, monkeypatch):
-    monkeypatch.setattr(branch_folder, "SHIPPED", tmp_path)
-    deep = tiny.loaded_model(num_hidden_layers=DEMO_EXIT_LAYER + 1)
-    monkeypatch.setattr(eesd_jax.engine, "load_model", lambda *_: deep)
-    drafter = eesd_jax.load("demo").drafter
-    assert not drafter.trained
-    assert (drafter.draft.exit_layer, drafter.draft.max_draft, drafter.branch.draft_ids.size) == (DEMO_EXIT_LAYER, 8, tiny.VOCAB_SIZE)
-    assert_equal(drafter.branch, init_exit_branch(deep.config, deep.params, DEMO_EXIT_LAYER, "zero"))
-    branch = init_exit_branch(deep.config, deep.params, 1, "next", IDS)
-    save_branch(
-        tmp_path / "demo",
-        branch,
-        describe(deep.config, deep.params, branch, exit_layer=1, start="next", calibration=(1.0, 0.0), training=TRAINING),
-    )
-    assert_equal(eesd_jax.load("demo").drafter.branch, branch)

@@ -75,7 +75,7 @@ def decoded_wrongly(identity, wrong: str, calls: list):
 
 def test_a_planted_difference_is_counted_and_listed(identity, engine, prompts, tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(identity, "DEMO_EXIT_LAYER", 1)
+    monkeypatch.setattr(identity, "EXIT_LAYER", 1)
     monkeypatch.setattr(identity, "decode", decoded_wrongly(identity, "b", calls))
     branch = init_exit_branch(engine.model.config, engine.model.params, 1, "zero")
     cell = identity.Cell("grid", "beta", 8, 2)

@@ -10,7 +10,7 @@ import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode.arms import Arms, ArmsPlan, expected_tokens
+from eesd_jax.decode.arms import LOOK_DISCOUNT, POOL_PRIOR, POOL_WEIGHT, Arms, ArmsPlan, expected_tokens
 from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.decode.lookup import Lookup, look_up
 from eesd_jax.engine import Drafter
@@ -59,8 +59,8 @@ def sure(state, *, exits: float, looks: float):
     return state._replace(
         exit_alpha=jnp.full_like(state.exit_alpha, many * exits),
         exit_beta=jnp.full_like(state.exit_beta, many * (1 - exits)),
-        look_alpha=jnp.full_like(state.look_alpha, many * looks),
-        look_beta=jnp.full_like(state.look_beta, many * (1 - looks)),
+        look_accepted=jnp.full_like(state.look_accepted, many * looks),
+        look_refused=jnp.full_like(state.look_refused, many * (1 - looks)),
     )
 
 
@@ -97,13 +97,44 @@ def test_learns_for_the_source_that_drafted():
     state = arms.init(3)
     plan = ArmsPlan(jnp.array([3, 0, 0]), jnp.array([False, True, False]), jnp.array([2, 2, 0]), state.inner)
     state = arms.update(state, plan, jnp.array([3, 2, 0]), jnp.array([1, 2, 0]))
-    assert state.look_alpha.tolist() == [[1, 1, 2], [1, 1, 1], [1, 1, 1]]  # row 0: one accepted, with a match of 2
-    assert state.look_beta.tolist() == [[1, 1, 2], [1, 1, 1], [1, 1, 1]]  # and what was behind the first rejection does not count
+    assert state.look_accepted.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]  # row 0: one accepted, with a match of 2
+    assert state.look_refused.tolist() == [[1, 0, 1], [0, 0, 0], [0, 0, 0]]  # and what was behind the first rejection does not count
     assert state.exit_alpha.tolist() == [1, 3, 1]
     assert state.exit_beta.tolist() == [1, 1, 1]
-    plan = plan._replace(look_up=jnp.array([1, 0, 0]))
+    plan = plan._replace(look_up=jnp.array([1, 0, 0]), matched=jnp.array([1, 0, 0]))
     state = arms.update(state, plan, jnp.array([1, 0, 0]), jnp.array([1, 0, 0]))
-    assert state.look_alpha[0].tolist() == [1, 1, 1 + 0.5 * 1 + 1]
+    np.testing.assert_allclose(state.look_accepted[0], [LOOK_DISCOUNT + 1, 1, 1])
+    np.testing.assert_allclose(state.look_refused[0], [LOOK_DISCOUNT, 0, 1])
+
+
+def test_each_length_of_a_match_begins_around_all_of_them():
+    arms = Arms(None, 2, **CHEAP, **SETTINGS)
+    state = arms.init(1)._replace(look_accepted=jnp.array([[2.5, 2.0, 0.5]]), look_refused=jnp.array([[4.0, 1.0, 3.0]]))
+    mean = (POOL_PRIOR[0] + 2.5) / (sum(POOL_PRIOR) + 6.5)
+    for matched, (accepted, refused) in enumerate([(2.0, 1.0), (0.5, 3.0)], start=1):
+        alpha, beta = arms.look_posterior(state, jnp.array([matched]))
+        np.testing.assert_allclose(alpha, accepted + POOL_WEIGHT * mean, rtol=1e-6)
+        np.testing.assert_allclose(beta, refused + POOL_WEIGHT * (1 - mean), rtol=1e-6)
+    np.testing.assert_allclose(arms.mean(state), mean, rtol=1e-6)
+
+
+def test_where_no_looked_up_draft_is_right_lookup_costs_nothing():
+    """A run of 128 tokens with a match in every round and costs as measured on CPU: not 1% lost, on average over rows."""
+    costs = (24.0, 25.3, 26.0, 30.5, 30.5, 34.0, 34.0, 34.0, 34.0)
+    arms, rows = Arms(None, 3, costs, costs, **SETTINGS), 256
+
+    def one_round(carry, i):
+        state, seconds = carry
+        key = jax.random.fold_in(jax.random.key(0), i)
+        found = Lookup(jnp.zeros((1, 8), jnp.int32), jnp.full(1, 8), jax.random.randint(key, 1, 1, 4))
+        plan = arms.propose(jax.random.split(key, 1), state, jnp.ones(1, bool), found)
+        return (arms.update(state, plan, plan.look_up, plan.look_up * 0), seconds + jnp.array(costs)[plan.look_up[0]]), None
+
+    def run(row):
+        return jax.lax.scan(one_round, (arms.init(1), 0.0), 1000 * row + jnp.arange(127))[0][1]
+
+    seconds = jax.jit(jax.vmap(run))(jnp.arange(rows))
+    assert 127 * costs[0] / seconds.mean() >= 0.99
 
 
 PROMPTS = [[5, 9, 200, 31, 5, 9, 200], [7, 7], [11, 12, 13, 11, 12], [250, 3]]
