@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-slow test-demo parity lint clean
 
 demo: $(VENV)/.installed-run
-	$(BIN)/python infer/generate.py --compare --controller=beta --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
+	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -14,14 +14,17 @@ from typing import Any
 
 import jax
 from absl import flags
+from stand_in import untrained_drafter
 
 import eesd_jax
 from eesd_jax import cli, report
+from eesd_jax.config import LONGEST_MATCH
 from eesd_jax.cost_table import PROMPT_TOKENS
+from eesd_jax.engine import Engine
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("controllers", ["plain", "beta", "cost_aware"], "Controllers whose programs are compiled.")
-flags.DEFINE_list("arms", ["exit", "lookup"], "What drafts: exit, lookup, or both.")
+flags.DEFINE_bool("lookup", True, "Whether drafts also come from lookup.")
 flags.DEFINE_integer("batch_size", 1, "Rows that are decoded together.")
 flags.DEFINE_integer("max_draft", 8, "The most tokens that a round may draft.")
 flags.DEFINE_string("output", None, "File to write the result to (JSON).")
@@ -51,7 +54,9 @@ def stopwatch() -> Iterator[dict[str, dict[str, float]]]:
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    engine = eesd_jax.load("demo", dtype="float32", max_draft=FLAGS.max_draft, arms=FLAGS.arms)
+    loaded = eesd_jax.load("demo", dtype="float32", exit_branch="none")
+    drafter = untrained_drafter(loaded.model, FLAGS.max_draft, LONGEST_MATCH if FLAGS.lookup else 0)
+    engine = Engine(loaded.model, loaded.decode_config, drafter)
     controllers = {name: engine.controller(name, batch=FLAGS.batch_size) for name in FLAGS.controllers}
     jax.config.update("jax_enable_compilation_cache", False)
     prompts = [list(range(1, PROMPT_TOKENS + 1))] * FLAGS.batch_size
@@ -71,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
     print(report.table(("program", "trace, s", "lower, s", "compile, s", "all, s"), lines))
     if FLAGS.output:
         with cli.whole_file(FLAGS.output) as file:
-            json.dump({"batch_size": FLAGS.batch_size, "arms": FLAGS.arms, "programs": rows}, file, indent=2)
+            json.dump({"batch_size": FLAGS.batch_size, "lookup": FLAGS.lookup, "programs": rows}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -23,10 +23,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
+from stand_in import untrained_drafter
 
 import eesd_jax
 from eesd_jax import cli, control, cost_table, report
-from eesd_jax.config import ControllerConfig, DraftConfig, SamplingConfig
+from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import verify
 from eesd_jax.decode.controllers import Calibration, Controller, Forced
 from eesd_jax.decode.sampling import Sampling, sample
@@ -262,8 +263,8 @@ def result_rows(samples: dict[tuple[str, int], list[Sample]]) -> list[dict[str, 
 
 def main(argv: Sequence[str]) -> None:
     del argv
-    loaded = eesd_jax.load("demo", dtype="float32", max_draft=FLAGS.max_draft, arms=["exit"])
-    engine = Engine(loaded.model._replace(eos_ids=()), loaded.decode_config, loaded.drafter)
+    model = eesd_jax.load("demo", dtype="float32", exit_branch="none").model._replace(eos_ids=())
+    engine = Engine(model, DecodeConfig(), untrained_drafter(model, FLAGS.max_draft))
     samples = measure(engine, FLAGS.controllers, FLAGS.batch_size, FLAGS.steps, FLAGS.repeats)
     rows = result_rows(samples)
     columns = ("drafts", "early", "exit", "verify", "decisions", "parts", "bare", "round", "ratio_to_parts", "ratio_to_bare")

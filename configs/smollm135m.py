@@ -1,4 +1,21 @@
-"""An exit branch for the built-in model, SmolLM2-135M-Instruct."""
+"""An exit branch for the built-in model, SmolLM2-135M-Instruct, from text that it writes itself.
+
+    python train/self_generate.py --config=configs/smollm135m.py
+    python train/distill.py --config=configs/smollm135m.py
+
+To train on the model's answers to prompts of your own, add --config.self_generate.prompts=FILE.jsonl to the first command.
+
+Cost on 2 cores of an Intel Xeon: generation 226 response tokens/s, caching 550 tokens/s, training 3,500 tokens/s: by these rates about one
+and a half hours, one hour, and half an hour. This full run has not been made to the end yet.
+
+A small budget of it, 16 minutes in all, is 300 responses (49,992 tokens) and 150 steps (0.6 M token visits):
+
+    python train/self_generate.py --config=configs/smollm135m.py --config.self_generate.num_responses=300
+    python train/distill.py --config=configs/smollm135m.py --config.steps=150 --config.evaluation.every=50
+
+Result on held-out text: loss 5.68 behind step 50, 3.31 behind step 150; agreement 0.17, then 0.33; tokens per round of 4 drafts 1.25, then
+1.49, with 31% of first drafts accepted.
+"""
 
 from ml_collections import ConfigDict
 

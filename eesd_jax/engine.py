@@ -246,7 +246,7 @@ class Engine:
           sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
           max_new_tokens (int): budget of each row, by default the configured one.
           batch_size (int): rows of the compiled program; empty rows are added up to it.
-          controller (Controller): how many tokens to draft; None for plain decoding.
+          controller (Controller, or its name; see `controller`): how many tokens to draft; None for plain decoding.
         """
         # Stop strings are text, which only the host can see: it looks every few tokens. Without them it need only notice Ctrl-C.
         chunk = self.decode_config.stream_chunk if stop else self.decode_config.chunk
@@ -267,11 +267,13 @@ class Engine:
         sampling: SamplingConfig = SamplingConfig(),
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
-        controller: Controller | None = None,
+        controller: Controller | str | None = None,
     ) -> Iterator[list[str]]:
         """Yields each row's new text after every call of the loop, and returns the generations."""
-        started = time.perf_counter()
         batch = max(batch_size or 1, len(prompts))
+        if isinstance(controller, str):
+            controller = self.controller(controller, batch=batch)
+        started = time.perf_counter()
         budget = self.decode_config.max_new_tokens if max_new_tokens is None else max_new_tokens
         if budget < 1:
             raise UserError(f"max_new_tokens is {budget}; expected an integer >= 1")

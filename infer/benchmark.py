@@ -1,7 +1,7 @@
 """Compares controllers on a file of prompts, plain decoding always among them; writes results.json, table.md and plots.
 
-python infer/benchmark.py --prompts=questions.jsonl --controllers=plain,fixed:3,beta --output_dir=results
-python infer/benchmark.py --prompts=questions.jsonl --controllers=beta,cost_aware --limit=20 --batch_size=8 --output_dir=results
+python infer/benchmark.py --prompts=questions.jsonl --controllers=plain,fixed:4,cost_aware --output_dir=results
+python infer/benchmark.py --prompts=questions.jsonl --exit_branch=FOLDER --arms=exit --controllers=beta,calibrated --output_dir=results
 
 Every run is kept in OUTPUT_DIR/runs.jsonl as soon as it is finished: the same command, started again, goes on where it stopped.
 """

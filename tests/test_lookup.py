@@ -173,9 +173,12 @@ def test_sampled_text_ends_where_the_budget_does():
     assert all(generation.log.committed.sum() == OPTIONS.max_new_tokens for generation in generations)
 
 
-def test_controllers_that_need_the_branch_say_so():
+def test_controllers_by_name_and_those_that_need_the_branch():
     lm = engine(False)
     assert lm.controller("plain") is None
     assert lm.controller("fixed:2").fixed == 2
+    by_name, plain = (lm.generate_ids(PROMPTS, seeds=[0] * 4, controller=name) for name in ("fixed:2", "plain"))
+    assert [generation.token_ids for generation in by_name] == [generation.token_ids for generation in plain]
+    assert sum(generation.accepted for generation in by_name) > 0
     with pytest.raises(UserError, match="'beta' needs an exit branch, and only lookup drafts"):
         lm.controller("beta")

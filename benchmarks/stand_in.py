@@ -1,0 +1,19 @@
+"""An exit branch that was never trained: as quick as a trained one, which is all that a measurement of time asks of it."""
+
+import numpy as np
+
+from eesd_jax.config import DraftConfig
+from eesd_jax.decode.controllers import Calibration
+from eesd_jax.engine import Drafter
+from eesd_jax.model.exit_branch import init_exit_branch
+from eesd_jax.weights.load import LoadedModel
+
+EXIT_LAYER = 4
+DRAFT_VOCAB = 8192
+
+
+def untrained_drafter(model: LoadedModel, max_draft: int, longest_match: int = 0) -> Drafter:
+    """A copy of block N + 1 behind block N = 4 that can draft 8,192 tokens; lookup beside it, if `longest_match` is not 0."""
+    ids = np.arange(min(DRAFT_VOCAB, model.config.vocab_size))
+    branch = init_exit_branch(model.config, model.params, EXIT_LAYER, "next", ids)
+    return Drafter(branch, DraftConfig(EXIT_LAYER, max_draft, longest_match=longest_match), Calibration(), trained=False)
