@@ -18,6 +18,8 @@ from ml_collections import ConfigDict, config_flags
 from eesd_jax.config import ExperimentConfig
 from eesd_jax.errors import UserError
 
+flags.disclaim_key_flags()  # the flag belongs to the command that asked for it
+
 _FLAG = "config"
 _FORM = "a function get_config() that changes what it wants of base_config() and returns it"
 _TYPE_NAMES = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
@@ -30,7 +32,8 @@ def base_config() -> ConfigDict:
 
 def define_config_flag() -> None:
     """--config=FILE and --config.FIELD=VALUE."""
-    config_flags.DEFINE_config_file(_FLAG, None, "The experiment: a file such as configs/smollm135m.py.")
+    config_flags.DEFINE_config_file(_FLAG, None, "The experiment: a file such as configs/smollm135m.py; --config.FIELD=VALUE changes it.")
+    flags.declare_key_flag(_FLAG)
 
 
 def check_config_arguments(argv: Sequence[str]) -> None:
