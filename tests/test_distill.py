@@ -8,6 +8,7 @@ import gc
 import json
 import os
 import pathlib
+import shutil
 import signal
 import struct
 from collections.abc import Callable, Iterator
@@ -390,6 +391,29 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_last_good_checkpo
     wanted = next(loader)
     loader.set_state(beside["iterator"])
     jax.tree.map(np.testing.assert_array_equal, next(loader), wanted)
+
+
+def test_what_a_kill_leaves_of_a_checkpoint_being_removed_is_removed(tmp_path):
+    def state(step: int) -> dict[str, jax.Array]:
+        return {"weight": jnp.full((4,), step, jnp.float32), "step": jnp.int32(step)}
+
+    with Checkpoints(epath.Path(tmp_path / "whole"), 3, {}) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step), {"said": step})
+    paths = sorted(path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "1").rglob("*") if path.is_file())
+    for order in (paths, paths[::-1]):
+        for count in range(1, len(paths) + 1):
+            torn = tmp_path / "torn"
+            shutil.copytree(tmp_path / "whole", torn)
+            for path in order[:count]:
+                (torn / path).unlink()
+            with Checkpoints(epath.Path(torn), 2, {}) as checkpoints:
+                restored, beside = checkpoints.restore(state(0))
+                checkpoints.save(4, state(4), {"said": 4})
+            jax.tree.map(np.testing.assert_array_equal, restored, state(3))
+            assert beside == {"said": 3}
+            assert sorted(path.name for path in torn.iterdir()) == ["3", "4"]
+            shutil.rmtree(torn)
 
 
 @pytest.mark.slow

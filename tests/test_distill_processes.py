@@ -97,21 +97,21 @@ def being_written(output: pathlib.Path) -> list[str]:
     return [path.name for path in folder.iterdir() if not path.name.isdigit()] if folder.exists() else []
 
 
-def read_checkpoints(output: pathlib.Path, copy: pathlib.Path) -> dict[int, list[np.ndarray]]:
-    """All of a run's checkpoints, from a copy: reading is not to change what is read."""
+def read_checkpoints(output: pathlib.Path, copy: pathlib.Path, keep: int) -> dict[int, list[np.ndarray]]:
+    """The checkpoints that a run keeps, from a copy: reading is not to change what is read. An older one may be half removed."""
     shutil.copytree(output / "checkpoints", copy)
     with ocp.training.Checkpointer(copy) as checkpointer:
-        found = {item.step: jax.tree.leaves(jax.device_get(checkpointer.load(item.step))) for item in checkpointer.checkpoints}
+        found = {item.step: jax.tree.leaves(jax.device_get(checkpointer.load(item.step))) for item in checkpointer.checkpoints[-keep:]}
     shutil.rmtree(copy)
     return found
 
 
 def test_kills_at_any_moment_change_nothing(start, tmp_path):
     """Twelve, some while a checkpoint is being written; every checkpoint they leave is that of a run that nobody killed."""
-    often = {"steps": STEPS, "checkpoint__every": 1, "evaluation__every": 10}
+    often = {"steps": STEPS, "checkpoint__every": 1, "evaluation__every": 10, "checkpoint__keep": 2}
     whole, output = tmp_path / "whole", tmp_path / "killed"
-    finish(start(whole, **often, checkpoint__keep=1000))
-    states = read_checkpoints(whole, tmp_path / "copy")
+    finish(start(whole, **often | {"checkpoint__keep": 1000}))
+    states = read_checkpoints(whole, tmp_path / "copy", keep=1000)
     assert sorted(states) == list(range(1, STEPS + 1))
     rng = random.Random(0)
     kills = torn = 0
@@ -131,7 +131,7 @@ def test_kills_at_any_moment_change_nothing(start, tmp_path):
         kills += 1
         torn += bool(being_written(output))
         if checkpoint_steps(output):
-            left = read_checkpoints(output, tmp_path / "copy")
+            left = read_checkpoints(output, tmp_path / "copy", keep=2)
             reached.append(max(left))
             for step, leaves in left.items():
                 for leaf, right in zip(leaves, states[step], strict=True):
