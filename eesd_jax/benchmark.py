@@ -230,7 +230,9 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
 def describe_drafter(engine: Engine) -> dict[str, Any]:
     """Which weights answer and which draft."""
     drafter = engine.drafter
+    arms = {"exit": drafter and drafter.branch, "lookup": drafter and drafter.draft.longest_match}
     return {
+        "arms": "+".join(name for name, used in arms.items() if used),
         "weights": fingerprint(engine.model.params)[:16],
         "exit_branch": fingerprint(drafter.branch)[:16] if drafter and drafter.branch else None,
         "exit_layer": drafter.draft.exit_layer if drafter else None,

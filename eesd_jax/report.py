@@ -27,7 +27,7 @@ _EXCUSED = "Excused: float32, and the logits of both tokens within 0.001 of the 
 def results(journal: Journal) -> dict[str, Any]:
     """What `results.json` says of a finished benchmark, beside where it was run."""
     settings, divergences = journal.settings, journal.divergences()
-    options = {"temperature": settings["temperature"], "batch_size": settings["batch_size"]}
+    options = {name: settings[name] for name in ("arms", "temperature", "batch_size")}
     return {
         "settings": settings,
         "costs": journal.costs and journal.costs._asdict(),
@@ -37,7 +37,7 @@ def results(journal: Journal) -> dict[str, Any]:
 
 
 def result_rows(
-    runs: Sequence[Run], divergences: Sequence[Divergence], costs: Costs | None, *, temperature: float, batch_size: int
+    runs: Sequence[Run], divergences: Sequence[Divergence], costs: Costs | None, *, arms: str, temperature: float, batch_size: int
 ) -> list[dict[str, Any]]:
     """One row for each controller and category, and one for all categories together: total tokens over total seconds."""
     names = list(dict.fromkeys(run.controller for run in runs))
@@ -50,7 +50,7 @@ def result_rows(
         for name in names:
             ours = [run for run in chosen if run.controller == name]
             found = [d for d in divergences if d.controller == name and category in (d.category, ALL)]
-            row = {"controller": name, "arms": "none" if name == PLAIN else "exit", "category": category}
+            row = {"controller": name, "arms": "none" if name == PLAIN else arms, "category": category}
             row |= {"temperature": temperature, "batch_size": batch_size} | _speeds(ours, plain) | _statistics(ours)
             row |= _comparison(ours, found, greedy=temperature == 0) | _scores(ours, plain, costs)
             rows.append(row)

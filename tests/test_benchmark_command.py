@@ -150,6 +150,14 @@ def lines(path: str = "out/runs.jsonl") -> list[dict]:
 # What is written ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(("branch", "longest_match", "arms"), [(True, 0, "exit"), (False, 3, "lookup"), (True, 3, "exit+lookup")])
+def test_what_drafted_is_named(drafter, branch, longest_match, arms):
+    model, given = drafter
+    draft = dataclasses.replace(given.draft, longest_match=longest_match)
+    engine = Engine(model, DecodeConfig(), given._replace(branch=given.branch if branch else None, draft=draft))
+    assert benchmark.describe_drafter(engine)["arms"] == arms
+
+
 def test_every_file_of_the_contract_is_written(run):
     result = run()
     assert result.code == 0, result.err

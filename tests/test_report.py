@@ -44,7 +44,7 @@ def runs() -> list[Run]:
 
 
 def rows_of(runs, divergences=(), costs=COSTS, temperature=0.0, batch_size=1) -> dict[tuple[str, str], dict]:
-    rows = report.result_rows(runs, divergences, costs, temperature=temperature, batch_size=batch_size)
+    rows = report.result_rows(runs, divergences, costs, arms="exit", temperature=temperature, batch_size=batch_size)
     return {(row["controller"], row["category"]): row for row in rows}
 
 
@@ -55,7 +55,7 @@ def results_of(runs, divergences=(), costs=COSTS, temperature=0.0) -> dict:
         "settings": {"temperature": temperature, "batch_size": 1, "max_new_tokens": 6, "prompts": "p.jsonl", "conversations": 2},
         "notes": ["A note."],
         "costs": costs and costs._asdict(),
-        "rows": report.result_rows(runs, divergences, costs, temperature=temperature, batch_size=1),
+        "rows": report.result_rows(runs, divergences, costs, arms="exit", temperature=temperature, batch_size=1),
         "divergences": [vars(divergence) for divergence in divergences],
     }
 
@@ -202,7 +202,7 @@ def test_many_divergences_are_listed_in_part_and_the_worst_first(runs):
 
 
 def test_plots_are_images(runs):
-    images = plots.draw_all(report.result_rows(runs, [], COSTS, temperature=0.0, batch_size=1), runs)
+    images = plots.draw_all(report.result_rows(runs, [], COSTS, arms="exit", temperature=0.0, batch_size=1), runs)
     assert set(images) == {
         "speedup_by_category.png",
         "accepted_lengths.png",
@@ -222,7 +222,7 @@ def test_plots_take_what_there_is(runs):
         run("fixed:1", 1.0, speculative([1, 1], [1, 1])),
         run("fixed:0", 1.0, speculative([0], [0])),
     ]
-    images = plots.draw_all(report.result_rows(unbelieving, [], None, temperature=0.0, batch_size=1), unbelieving)
+    images = plots.draw_all(report.result_rows(unbelieving, [], None, arms="lookup", temperature=0.0, batch_size=1), unbelieving)
     assert "posterior_over_rounds.png" not in images
     assert all(image.startswith(PNG) for image in images.values())
-    assert plots.draw_all(report.result_rows(runs[1:3], [], None, temperature=0.0, batch_size=1), runs[1:3]) == {}
+    assert plots.draw_all(report.result_rows(runs[1:3], [], None, arms="lookup", temperature=0.0, batch_size=1), runs[1:3]) == {}
