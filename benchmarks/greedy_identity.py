@@ -26,7 +26,7 @@ from absl import flags
 import eesd_jax
 from eesd_jax import benchmark, cli, control, report
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ModelConfig
-from eesd_jax.cost_table import RoundCosts
+from eesd_jax.cost_table import RoundCosts, code_fingerprint
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.engine import Drafter, Engine
 from eesd_jax.errors import UserError
@@ -197,13 +197,6 @@ def read(engine: Engine, files: Sequence[str]) -> Prompts:
     """The first turns of all the files, sorted by length."""
     found = [(str(record.id), engine.encode(record.turns[0])) for file in files for record in read_prompts(file)]
     return Prompts(*map(list, zip(*sorted(found, key=lambda one: len(one[1])), strict=True)))
-
-
-def code_fingerprint() -> str:
-    """Of all code that decides which token comes next: what was run with other code says nothing of this one."""
-    package = pathlib.Path(eesd_jax.__file__).parent
-    files = [package / "engine.py", *sorted(package.glob("model/*.py")), *sorted(package.glob("decode/*.py"))]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def main(argv: Sequence[str]) -> None:

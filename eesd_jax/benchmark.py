@@ -13,8 +13,6 @@ import dataclasses
 import functools
 import itertools
 import os
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -33,6 +31,7 @@ from eesd_jax.decode.controllers import Controller, Forced
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
+from eesd_jax.hardware import cpu_name
 from eesd_jax.journal import EXCUSED_GAP, Answer, Costs, Divergence, Journal, Run
 from eesd_jax.model import llama
 from eesd_jax.prompts import Conversation
@@ -247,16 +246,8 @@ def describe_machine(engine: Engine) -> dict[str, Any]:
     return {
         "device": devices[0].device_kind,
         "devices": len(engine.model.params["embed"].devices()),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
         "dtype": str(engine.model.params["embed"].dtype),
     }
-
-
-def _cpu_name() -> str:
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -3,6 +3,7 @@
 Speculation pays by the ratio of these to each other, which differs from machine to machine; kept values also make a seed reproduce.
 """
 
+import functools
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from eesd_jax.config import SamplingConfig
 from eesd_jax.decode.arms import ForcedArms
 from eesd_jax.decode.controllers import Forced
+from eesd_jax.hardware import cpu_name
 from eesd_jax.weights import hub
 
 if TYPE_CHECKING:
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 32
 ROUNDS = 4  # timed together
 REPEATS = 5  # of which the median counts
-_VERSION = 2  # of what is timed: raised when the decoder's speed changes
 
 
 class RoundCosts(NamedTuple):
@@ -84,6 +85,14 @@ def measure(engine: "Engine", batch: int) -> RoundCosts:
     return RoundCosts(exits, tuple(medians[-length] for length in lengths) if draft.longest_match else ())
 
 
+@functools.cache
+def code_fingerprint() -> str:
+    """Of all code that decodes: what was timed with other code says nothing of this one."""
+    package = pathlib.Path(__file__).parent
+    files = [package / "engine.py", *sorted(package.glob("model/*.py")), *sorted(package.glob("decode/*.py"))]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+
+
 def _budget(engine: "Engine") -> int:
     """New tokens of the texts on which rounds are timed: as many as will be generated, so that caches are as long."""
     return max(engine.decode_config.max_new_tokens, ROUNDS * (engine.drafter.draft.max_draft + 1) + 1)
@@ -99,8 +108,9 @@ def _shape(engine: "Engine", batch: int) -> str:
     head = None if drafter.branch is None else (drafter.branch.head.shape, str(drafter.branch.head.dtype))
     return repr(
         (
-            _VERSION,
+            code_fingerprint(),
             device.device_kind,
+            cpu_name(),
             os.cpu_count(),
             jax.__version__,
             model.config,

@@ -1,5 +1,8 @@
-"""What accelerators are made of, by their makers' data sheets: for utilisation and for planning, never for results."""
+"""What accelerators are made of, by their data sheets: for utilisation and planning, never for results. And the processor's name."""
 
+import contextlib
+import pathlib
+import platform
 from typing import NamedTuple
 
 
@@ -30,3 +33,12 @@ def find_chip(device_kind: str) -> Chip | None:
     """The data sheet of a device, or None where it is not known (CPUs)."""
     matches = [name for name in _CHIPS if device_kind.startswith(name)]
     return _CHIPS[max(matches, key=len)] if matches else None
+
+
+def cpu_name() -> str:
+    """What the processor calls itself."""
+    with contextlib.suppress(OSError):
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

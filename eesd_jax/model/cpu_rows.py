@@ -2,7 +2,8 @@
 
 Decoding multiplies 1 to about 17 rows by every weight. One row XLA's CPU backend multiplies at memory speed (as a batch of products), but
 from two rows on it uses a library made for large products, which rearranges the whole matrix first: two rows then cost nearly twice
-one, and verifying drafts would cost what it saves. Here every weight is read once, whatever the number of rows, and used for all of them.
+one, and verifying drafts would cost what it saves. Here every weight is read once, whatever the number of rows, and used for all of them,
+and while some weights are multiplied memory brings the next: 9 rows cost little more than one.
 
 The kernel is written in LLVM's language, compiled for the machine it runs on, and called by XLA through its foreign function interface (the
 struct offsets below are those of `xla/ffi/api/c_api.h`, version 0.x, which only ever grows at the end). Every output is summed in the same
@@ -22,8 +23,8 @@ import jax.numpy as jnp
 import numpy as np
 from llvmlite import binding, ir
 
-# More rows than this are bound by arithmetic, which XLA's own product does better.
-MAX_ROWS = 24
+# With more rows than this, XLA's own product is as fast.
+MAX_ROWS = 64
 _MAX_CORES = 16
 _CHUNKS_PER_CORE = 4
 _BLOCK_OUTPUTS = 4
@@ -109,19 +110,25 @@ def _intrinsic(module: ir.Module, name: str, result: ir.Type, *arguments: ir.Typ
     return module.globals.get(name) or ir.Function(module, ir.FunctionType(result, arguments), name)
 
 
-def _add_block(module: ir.Module, rows: int, lanes: int) -> ir.Function:
-    """`block(x, w, out, inputs, outputs)`: the products of `rows` rows of x with `_BLOCK_OUTPUTS` rows of w."""
+def _add_block(module: ir.Module, rows: int, lanes: int, ahead: int) -> ir.Function:
+    """`block(x, w, out, inputs, outputs, next)`: the products of `rows` rows of x with `_BLOCK_OUTPUTS` rows of w.
+
+    On its way it asks memory for `ahead` rows that begin at `next`.
+    """
     vector = ir.VectorType(_F32, lanes)
     floats = _F32.as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (floats, floats, floats, _I64, _I64)), f"block_of_{rows}")
+    kind = ir.FunctionType(ir.VoidType(), (floats, floats, floats, _I64, _I64, floats))
+    function = ir.Function(module, kind, f"block_of_{rows}_ahead_{ahead}")
     function.linkage = "internal"
-    x, w, out, inputs, outputs = function.args
+    x, w, out, inputs, outputs, following = function.args
     fma = _intrinsic(module, f"llvm.fma.v{lanes}f32", vector, vector, vector, vector)
+    prefetch = _intrinsic(module, "llvm.prefetch.p0i8", ir.VoidType(), _BYTES, _I32, _I32, _I32)
     total = _intrinsic(module, f"llvm.vector.reduce.fadd.v{lanes}f32", _F32, _F32, vector)
     entry = function.append_basic_block("entry")
     builder = ir.IRBuilder(entry)
     x_rows = [builder.gep(x, [builder.mul(inputs, _I64(r))]) for r in range(rows)]
     w_rows = [builder.gep(w, [builder.mul(inputs, _I64(o))]) for o in range(_BLOCK_OUTPUTS)]
+    next_rows = [builder.gep(following, [builder.mul(inputs, _I64(o))]) for o in range(ahead)]
     cells = [(r, o) for r in range(rows) for o in range(_BLOCK_OUTPUTS)]
     head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
     builder.branch(head)
@@ -139,6 +146,8 @@ def _add_block(module: ir.Module, rows: int, lanes: int) -> ir.Function:
     def load(row: ir.Value) -> ir.Value:
         return builder.load(builder.bitcast(builder.gep(row, [i]), vector.as_pointer()), align=4)
 
+    for row in next_rows:  # to read, into the second-level cache, data
+        builder.call(prefetch, (builder.bitcast(builder.gep(row, [i]), _BYTES), _I32(0), _I32(2), _I32(1)))
     weights = [load(row) for row in w_rows]
     for r, row in enumerate(x_rows):
         values = load(row)
@@ -166,7 +175,7 @@ def _field(builder: ir.IRBuilder, struct: ir.Value, offset: int, kind: ir.Type) 
 
 def _add_task(module: ir.Module, max_rows: int, lanes: int) -> ir.Function:
     """`task(job)`: takes chunks of the outputs until there are no more. The last of the job's users frees it."""
-    blocks = {rows: _add_block(module, rows, lanes) for rows in range(1, max_rows + 1)}
+    blocks = {(rows, ahead): _add_block(module, rows, lanes, ahead) for rows in range(1, max_rows + 1) for ahead in (1, 2, 4)}
     free = ir.Function(module, ir.FunctionType(ir.VoidType(), (_BYTES,)), "free")
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), (_BYTES,)), "task")
     (job,) = function.args
@@ -193,14 +202,24 @@ def _add_task(module: ir.Module, max_rows: int, lanes: int) -> ir.Function:
     first = boundary(chunk)
     count = builder.sub(boundary(builder.add(chunk, _I64(1))), first)
     with _loop(builder, count, _BLOCK_OUTPUTS) as offset:
-        # Four rows of w stay in the first-level cache while all rows of x pass by.
+        # Four rows of w stay in the first-level cache while all rows of x pass by; meanwhile the next four come from memory.
         o = builder.add(first, offset)
         w_block = builder.gep(w, [builder.mul(o, inputs)])
+        last = builder.icmp_signed(">=", builder.add(offset, _I64(_BLOCK_OUTPUTS)), count)
 
         def run(rows_at_once: int, row: ir.Value) -> None:
             x_block = builder.gep(x, [builder.mul(row, inputs)])
             out_block = builder.gep(out, [builder.add(builder.mul(row, outputs), o)])
-            builder.call(blocks[rows_at_once], (x_block, w_block, out_block, inputs, outputs))
+            # Spread over the passes: all four at once, two and two, or one by one.
+            one = builder.icmp_signed("<=", rows, _I64(max_rows))
+            few = builder.icmp_signed("<=", rows, _I64(3 * max_rows))
+            block = builder.select(one, blocks[rows_at_once, 4], builder.select(few, blocks[rows_at_once, 2], blocks[rows_at_once, 1]))
+            ahead = builder.select(one, _I64(4), builder.select(few, _I64(2), _I64(1)))
+            skip = builder.mul(ahead, builder.sdiv(row, _I64(max_rows)))
+            done = builder.or_(last, builder.icmp_signed(">=", skip, _I64(_BLOCK_OUTPUTS)))
+            skip = builder.select(done, _I64(0), builder.add(skip, _I64(_BLOCK_OUTPUTS)))
+            following = builder.gep(w_block, [builder.mul(skip, inputs)])
+            builder.call(block, (x_block, w_block, out_block, inputs, outputs, following))
 
         with _loop(builder, whole_rows, max_rows) as row:
             run(max_rows, row)
