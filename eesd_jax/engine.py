@@ -33,7 +33,7 @@ from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
-from eesd_jax.model import cpu_rows, llama
+from eesd_jax.model import cpu_calls, llama
 from eesd_jax.model.exit_branch import ExitBranch
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import branch_folder, hub
@@ -345,7 +345,7 @@ class Engine:
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        with cpu_rows.on_mesh(self._on_mesh):
+        with cpu_calls.on_mesh(self._on_mesh):
             state, exit_cache = _prefill(
                 config,
                 self.model.params,
@@ -365,7 +365,7 @@ class Engine:
         model = self.model
         settings = _sampling_arrays(sampling, state.length.shape[0])
         eos_ids, steps = jnp.array(model.eos_ids, jnp.int32), jnp.int32(max_steps)
-        with cpu_rows.on_mesh(self._on_mesh):
+        with cpu_calls.on_mesh(self._on_mesh):
             if controller is None:
                 return _decode_plain(model.config, eos_ids, model.params, settings, state, steps)
             branch, draft = self.drafter.branch, self.drafter.draft

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax.model import cpu_rows, llama
+from eesd_jax.model import cpu_calls, cpu_rows, llama
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel for CPUs")
 
@@ -64,5 +64,5 @@ def test_decoding_passes_use_it():
         return jax.jit(llama.linear).lower(jnp.ones((1, 2, config.hidden_size)), weight).as_text()
 
     assert cpu_rows.TARGET in program()
-    with cpu_rows.on_mesh(True):
+    with cpu_calls.on_mesh(True):
         assert cpu_rows.TARGET not in program()

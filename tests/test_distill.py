@@ -33,7 +33,7 @@ from eesd_jax.distill.monitor import METRICS_NAME, Monitor
 from eesd_jax.engine import Drafter
 from eesd_jax.errors import UserError
 from eesd_jax.model import cache as kv
-from eesd_jax.model import cpu_rows, exit_branch, llama, sharding
+from eesd_jax.model import cpu_calls, exit_branch, llama, sharding
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.checkpoint import Checkpoints
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -66,7 +66,7 @@ def one_device(config: ExperimentConfig | None = None) -> Layout:
 def prepare(config: ExperimentConfig, layout: Layout | None = None) -> trainer.Run:
     """A run that has loaded everything, but done nothing."""
     layout = layout or one_device()
-    with cpu_rows.on_mesh(layout.mesh.size > 1):
+    with cpu_calls.on_mesh(layout.mesh.size > 1):
         model = load_model(config.model, jnp.dtype("float32"), layout.mesh)
         return trainer.Run(config, epath.Path(config.output_dir), layout, model)
 
@@ -77,7 +77,7 @@ def first_batch(run: trainer.Run) -> data.Batch:
 
 def one_step(run: trainer.Run) -> tuple[step.TrainState, step.Metrics]:
     batch = run.layout.place(first_batch(run))
-    with cpu_rows.on_mesh(run.layout.mesh.size > 1):
+    with cpu_calls.on_mesh(run.layout.mesh.size > 1):
         state, metrics = run.compile_step()(run.initial, trainer.Input(batch, None, {}, 0))
     return jax.device_get(state), jax.device_get(metrics)
 
