@@ -116,7 +116,7 @@ def run_exit_block(
     rot = rope.rotation(config.rope, config.head_dim, start_B[:, None] + jnp.arange(length))
     cached = (None, None) if cache is None else (cache.k[0], cache.v[0])
     block = llama.Block(config)
-    x, k, v = block.apply({"params": branch.block}, h_BxTxD, rot, *cached, start_B, llama.causal_mask(length), config.windows[-1])
+    x, k, v = block.apply({"params": branch.block}, h_BxTxD, rot, *cached, start_B, None, config.windows[-1])
     return x, KVCache((k,), (v,))
 
 

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from eesd_jax.config import ModelConfig
-from eesd_jax.model import cpu_rows, rope
+from eesd_jax.model import cpu_attention, cpu_rows, rope
 from eesd_jax.model.cache import KVCache
 
 Params = dict[str, Any]
@@ -62,7 +62,7 @@ def attention(
     cached_k: jax.Array | None,
     cached_v: jax.Array | None,
     start_B: jax.Array,
-    mask_TxT: jax.Array,
+    mask_TxT: jax.Array | None,
     window: jax.Array | int | None,
 ) -> jax.Array:
     """Grouped-query attention of this pass's tokens over the valid cache and over each other.
@@ -74,7 +74,7 @@ def attention(
       new_k, new_v: [B, K, H, T] and [B, K, T, H], this pass's own (rotated) keys and values.
       cached_k, cached_v: [B, K, H, S] and [B, K, S, H], or None where nothing came before.
       start_B: int32 [B]; row b's cache is valid in [0, start_b), and its tokens stand at positions start_b + t.
-      mask_TxT: bool [T, T] or [B, T, T], which tokens of this pass see which (causal; segments when packed).
+      mask_TxT: bool [T, T] or [B, T, T], which tokens of this pass see which (segments, when packed); None: each sees those before it.
       window: attend to the last `window` positions only, self included; None for all.
 
     Returns:
@@ -82,8 +82,11 @@ def attention(
     """
     batch, length, heads, head_dim = q_BxTxNxH.shape
     kv_heads = new_k.shape[1]
-    q = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim) * head_dim**-0.5
-    q = q.transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    q_BxTxNxH = q_BxTxNxH * head_dim**-0.5
+    if mask_TxT is None and cached_k is not None and cpu_attention.usable(q_BxTxNxH, cached_k, window):
+        return cpu_attention.cached_attention(q_BxTxNxH, new_k, new_v, cached_k, cached_v, start_B, window)
+    q = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    mask_TxT = causal_mask(length) if mask_TxT is None else mask_TxT
     offset_T = jnp.arange(length)
 
     def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:
@@ -140,7 +143,7 @@ class Block(nn.Module):
         cached_k: jax.Array | None,
         cached_v: jax.Array | None,
         start_B: jax.Array,
-        mask_TxT: jax.Array,
+        mask_TxT: jax.Array | None,
         window: jax.Array | int | None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the residual stream [B, T, D] and this pass's keys [B, K, H, T] and values [B, K, T, H]. Arguments as in `attention`."""
@@ -218,14 +221,13 @@ def forward_blocks(
     """
     length = x_BxTxD.shape[1]
     rot = rope.rotation(config.rope, config.head_dim, start_B[:, None] + jnp.arange(length))
-    mask_TxT = causal_mask(length)
     # Blocks with the same window are traced once; inlined, they make the same program as without this jit.
     run_block = jax.jit(Block(config).apply, static_argnums=7, inline=True)
     keys, values = [], []
     x = x_BxTxD
     for layer in layers:
         cached = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
-        x, k, v = run_block({"params": blocks[layer]}, x, rot, *cached, start_B, mask_TxT, config.windows[layer])
+        x, k, v = run_block({"params": blocks[layer]}, x, rot, *cached, start_B, None, config.windows[layer])
         keys.append(k)
         values.append(v)
     return x, KVCache(tuple(keys), tuple(values))
@@ -288,7 +290,7 @@ def init(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) ->
 
     @jax.jit  # so that blocks, which are all alike, are traced once
     def init_block(block_key: jax.Array) -> Params:
-        return block.init(block_key, x, rot, None, None, zero, causal_mask(1), None)["params"]
+        return block.init(block_key, x, rot, None, None, zero, None, None)["params"]
 
     def table(table_key: jax.Array) -> nn.LogicallyPartitioned:
         # Unit-variance logits from a normed hidden state.
