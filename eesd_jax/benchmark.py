@@ -212,17 +212,19 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
     costs = cost_table.round_costs(engine, batch)
     endless = type(engine)(engine.model._replace(eos_ids=()), engine.decode_config, engine.drafter)
     prompts = [[i % engine.model.config.vocab_size for i in range(1, cost_table.PROMPT_TOKENS + 1)]] * batch
-    budget = max(engine.decode_config.max_new_tokens, cost_table.ROUNDS + 1)
+    steps = 4 * cost_table.ROUNDS
+    budget = max(engine.decode_config.max_new_tokens, steps + 1)
+    forced = ForcedArms() if engine.drafter.draft.longest_match else Forced()  # drafts nothing unless told to
     ratios = []
-    for _ in range(cost_table.REPEATS + 1):
-        times = []
-        # Drafts nothing unless told to.
-        for controller in (None, ForcedArms() if engine.drafter.draft.longest_match else Forced()):
+    for repeat in range(cost_table.REPEATS + 1):
+        seconds = {}
+        # Either goes first as often as the other: the first steps behind a prefill find nothing in the processor's caches.
+        for controller in (None, forced) if repeat % 2 else (forced, None):
             state = jax.block_until_ready(endless.prefill(prompts, [0] * batch, batch, budget, controller))
             start = time.perf_counter()
-            jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, cost_table.ROUNDS))
-            times.append(time.perf_counter() - start)
-        ratios.append(times[0] / times[1])
+            jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, steps))
+            seconds[controller] = time.perf_counter() - start
+        ratios.append(seconds[None] / seconds[forced])
     return Costs(costs.exit[0] * statistics.median(ratios[1:]), costs.exit, costs.look_up)  # the first time compiles
 
 
