@@ -20,6 +20,7 @@ from jax.sharding import Mesh
 from eesd_jax import control, cost_table
 from eesd_jax.config import (
     ARMS,
+    DEFAULT_CONTROLLER,
     LONGEST_MATCH,
     ControllerConfig,
     DecodeConfig,
@@ -246,7 +247,8 @@ class Engine:
           sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
           max_new_tokens (int): budget of each row, by default the configured one.
           batch_size (int): rows of the compiled program; empty rows are added up to it.
-          controller (Controller, or its name; see `controller`): how many tokens to draft; None for plain decoding.
+          controller (Controller, or its name; see `controller`): how many tokens to draft; None for plain decoding; by default
+            `auto`, which is `cost_aware` where something drafts, else plain.
         """
         # Stop strings are text, which only the host can see: it looks every few tokens. Without them it need only notice Ctrl-C.
         chunk = self.decode_config.stream_chunk if stop else self.decode_config.chunk
@@ -267,10 +269,12 @@ class Engine:
         sampling: SamplingConfig = SamplingConfig(),
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
-        controller: Controller | str | None = None,
+        controller: Controller | str | None = "auto",
     ) -> Iterator[list[str]]:
         """Yields each row's new text after every call of the loop, and returns the generations."""
         batch = max(batch_size or 1, len(prompts))
+        if controller == "auto":
+            controller = DEFAULT_CONTROLLER if self.drafter else None
         if isinstance(controller, str):
             controller = self.controller(controller, batch=batch)
         started = time.perf_counter()

@@ -358,7 +358,7 @@ def test_a_mistake_is_one_line_and_leaves_nothing(run, arguments, words):
 
 def test_a_planted_divergence_is_reported(run, engine, monkeypatch):
     prompt = engine.encode([{"role": "user", "content": "12 345"}])
-    plain = engine.generate_ids([prompt], seeds=[0])[0].token_ids
+    plain = engine.generate_ids([prompt], seeds=[0], controller=None)[0].token_ids
     change_token(monkeypatch, prompt, position=3)
     assert run().code == 0
     table = rows()

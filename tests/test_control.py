@@ -252,3 +252,15 @@ def test_a_real_engine_is_timed_and_its_controller_drafts_by_what_was_found(fold
     )
     assert [text.token_ids for text in dear] == [text.token_ids for text in plain]
     assert sum(text.drafted for text in dear) == 0
+
+
+def test_without_a_word_about_control_what_can_draft_does(monkeypatch):
+    monkeypatch.setattr(cost_table, "round_costs", lambda engine, batch: RoundCosts((1.0,) * 3, (1.0,) * 3))
+    model, options = tiny.loaded_model(num_hidden_layers=2), {"prompts": [[5, 6, 7, 5, 6]], "seeds": [0], "max_new_tokens": 8}
+    drafter = Drafter(None, DraftConfig(0, max_draft=2, longest_match=2), Calibration(), trained=False)
+    engine, without = Engine(model, drafter=drafter), Engine(model)
+    assert engine.generate_ids(**options)[0].log.drafted.sum() > 0
+    assert engine.generate_ids(**options, controller=None)[0].log.drafted.sum() == 0
+    assert without.generate_ids(**options)[0].log.drafted.sum() == 0
+    with pytest.raises(UserError, match="needs an exit branch or lookup"):
+        without.generate_ids(**options, controller="cost_aware")

@@ -152,7 +152,7 @@ def engine(with_branch: bool) -> Engine:
 @pytest.mark.parametrize("with_branch", [False, True])
 def test_greedy_text_is_that_of_plain_decoding(with_branch):
     lm = engine(with_branch)
-    plain = lm.generate_ids(PROMPTS, seeds=[0] * 4)
+    plain = lm.generate_ids(PROMPTS, seeds=[0] * 4, controller=None)
     arms = Arms(Fixed(2) if with_branch else None, 2, exit_cost=(1.0, 1.01, 1.02, 1.03), look_cost=(1.0, 1.01, 1.02, 1.03), **SETTINGS)
     drafted = lm.generate_ids(PROMPTS, seeds=[0] * 4, controller=arms)
     assert [generation.token_ids for generation in drafted] == [generation.token_ids for generation in plain]

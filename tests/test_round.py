@@ -45,7 +45,7 @@ def perfect() -> Engine:
 
 @pytest.fixture(scope="module")
 def plain_tokens(lm: Engine) -> list[list[int]]:
-    return [generation.token_ids for generation in lm.generate_ids(PROMPTS, seeds=[0] * 4)]
+    return [generation.token_ids for generation in lm.generate_ids(PROMPTS, seeds=[0] * 4, controller=None)]
 
 
 def states(lm: Engine, controller: Controller, rounds: int, sampling: SamplingConfig = SamplingConfig()) -> list[DecodeState]:
