@@ -11,22 +11,34 @@ from eesd_jax.model import cpu_calls, cpu_rows, llama
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel for CPUs")
 
 
+@pytest.fixture(params=["this machine's", "narrow"])
+def registers(request, monkeypatch):
+    """Also the code for machines without AVX-512."""
+    if request.param == "narrow":
+        monkeypatch.setattr(cpu_calls, "registers", lambda: cpu_calls.Registers(lanes=8, rows=2))
+        monkeypatch.setattr(cpu_rows, "TARGET", "eesd_jax_narrow_rows")
+
+
+def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
+    # A function of its own, so that nothing traced with other registers is used.
+    return jax.jit(lambda x, weight: cpu_rows.rows_by_matrix(x, weight))(x, weight)
+
+
 def operands(rows: int, inputs: int, outputs: int) -> tuple[jax.Array, jax.Array]:
     rng = np.random.default_rng(rows)
     return jnp.asarray(rng.normal(size=(rows, inputs)), jnp.float32), jnp.asarray(rng.normal(size=(outputs, inputs)), jnp.float32)
 
 
 @pytest.mark.parametrize(("inputs", "outputs"), [(16, 4), (48, 12), (576, 192), (64, 1000), (1536, 576)])
-def test_gives_the_product(inputs, outputs):
+def test_gives_the_product(registers, inputs, outputs):
     x, weight = operands(7, inputs, outputs)
     assert cpu_rows.usable(7, weight)
     exact = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
-    np.testing.assert_allclose(jax.jit(cpu_rows.rows_by_matrix)(x, weight), exact, rtol=1e-5, atol=1e-5 * inputs**0.5)
+    np.testing.assert_allclose(multiply(x, weight), exact, rtol=1e-5, atol=1e-5 * inputs**0.5)
 
 
-def test_every_number_of_rows_gives_the_same_bits():
+def test_every_number_of_rows_gives_the_same_bits(registers):
     x, weight = operands(cpu_rows.MAX_ROWS, 192, 320)
-    multiply = jax.jit(cpu_rows.rows_by_matrix)
     whole = np.asarray(multiply(x, weight))
     for rows in range(1, cpu_rows.MAX_ROWS):
         np.testing.assert_array_equal(multiply(x[:rows], weight), whole[:rows])

@@ -66,7 +66,7 @@ def cached_attention(
       start_B: int32 [B], position of each row's first new token.
       window: attend to the last `window` positions only, self included; None for all.
     """
-    _register()
+    _register(TARGET)
     batch, tokens, heads, channels = q_BxTxNxH.shape
     kv_heads, slots = cached_k.shape[1], cached_k.shape[3]
     chunks = batch * kv_heads * -(-tokens * heads // (kv_heads * cpu_calls.registers().rows))
@@ -77,8 +77,8 @@ def cached_attention(
 
 
 @functools.cache
-def _register() -> None:
-    cpu_calls.register(TARGET, _ARGUMENTS, (("out",),), ("chunks", "helpers", "window"), _add_chunk)
+def _register(target: str) -> None:
+    cpu_calls.register(target, _ARGUMENTS, (("out",),), ("chunks", "helpers", "window"), _add_chunk)
 
 
 def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Registers) -> ir.Function:

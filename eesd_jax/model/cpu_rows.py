@@ -41,7 +41,7 @@ def usable(rows: int, weight_OxI: jax.Array) -> bool:
 @jax.custom_jvp
 def rows_by_matrix(x_RxI: jax.Array, weight_OxI: jax.Array) -> jax.Array:
     """Float32 [R, I] times [O, I], giving [R, O]; see `usable`."""
-    _register()
+    _register(TARGET)
     result = jax.ShapeDtypeStruct((x_RxI.shape[0], weight_OxI.shape[0]), jnp.float32)
     # Several chunks a core, so that a core that comes late leaves its share to the others.
     chunks = min(weight_OxI.shape[0] // _BLOCK_OUTPUTS, _CHUNKS_PER_CORE * cpu_calls.cores())
@@ -57,9 +57,9 @@ def _rows_by_matrix_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[ja
 
 
 @functools.cache
-def _register() -> None:
+def _register(target: str) -> None:
     arguments, results = (("x", "rows", "inputs"), ("w", "outputs")), (("out",),)
-    cpu_calls.register(TARGET, arguments, results, ("chunks", "helpers"), _add_chunk)
+    cpu_calls.register(target, arguments, results, ("chunks", "helpers"), _add_chunk)
 
 
 def _add_block(module: ir.Module, rows: int, lanes: int, ahead: int) -> ir.Function:
