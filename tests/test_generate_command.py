@@ -706,7 +706,15 @@ def test_a_reader_that_leaves_early_is_no_error(models, environment, tmp_path):
     assert list(json.loads(line)) == FIELDS
 
 
-def test_sigint_while_waiting_for_a_message(models, environment, tmp_path):
+@pytest.fixture
+def heeds_sigint():
+    """Processes started meanwhile heed it, although ours may be one that was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_sigint_while_waiting_for_a_message(models, environment, tmp_path, heeds_sigint):
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *model_of(models), "--controller=plain", "--max_new_tokens=2", "--output=out.jsonl"],
         cwd=tmp_path,
@@ -725,7 +733,7 @@ def test_sigint_while_waiting_for_a_message(models, environment, tmp_path):
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert answer.endswith("\n")
     assert out == ""
     assert shown[0].startswith("Chat with ")
