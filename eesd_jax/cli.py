@@ -174,13 +174,13 @@ def load_from_flags() -> "Engine":
 
 def controller_from_flags(engine: "Engine", batch: int) -> "Controller | None":
     """The controller that the flags ask for, for `batch` rows at once; None for plain decoding."""
-    return build_controller(engine, FLAGS.controller or (DEFAULT_CONTROLLER if engine.drafter else control.PLAIN), batch)
+    return build_controller(engine, FLAGS.controller or control.AUTO, batch)
 
 
 def build_controller(engine: "Engine", name: str, batch: int) -> "Controller | None":
     """The controller of that name; a terminal is told what it waits for."""
-    waits = name != control.PLAIN  # once a machine
-    with notice(f"timing rounds for {name} ...") if waits else contextlib.nullcontext():
+    waits = engine.drafter is not None and name != control.PLAIN  # once a machine
+    with notice("timing rounds ...") if waits else contextlib.nullcontext():
         return engine.controller(name, batch=batch)
 
 

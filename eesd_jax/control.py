@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from eesd_jax.decode.controllers import Calibration, Controller
 
 PLAIN = "plain"  # no speculation
+AUTO = "auto"  # the default controller where something drafts, else plain
 WITHOUT_BRANCH = ("plain", "fixed", "cost_aware")  # kinds that can go by lookup alone
 CONTROLLERS = "plain, fixed:K, threshold:t, beta, beta:plain, calibrated, cost_aware"
 

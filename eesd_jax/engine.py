@@ -269,12 +269,10 @@ class Engine:
         sampling: SamplingConfig = SamplingConfig(),
         max_new_tokens: int | None = None,
         batch_size: int | None = None,
-        controller: Controller | str | None = "auto",
+        controller: Controller | str | None = control.AUTO,
     ) -> Iterator[list[str]]:
         """Yields each row's new text after every call of the loop, and returns the generations."""
         batch = max(batch_size or 1, len(prompts))
-        if controller == "auto":
-            controller = DEFAULT_CONTROLLER if self.drafter else None
         if isinstance(controller, str):
             controller = self.controller(controller, batch=batch)
         started = time.perf_counter()
@@ -310,7 +308,7 @@ class Engine:
         return generations
 
     def controller(self, name: str, *, batch: int = 1) -> Controller | None:
-        """The controller of that name (`eesd_jax.control.CONTROLLERS`), None for `plain`.
+        """The controller of that name (`eesd_jax.control.CONTROLLERS`, or `auto`, see `generate_ids`), None for `plain`.
 
         Args:
           batch: rows that will be generated at once; what rounds of so many rows cost is measured, where the controller needs it, the
@@ -320,6 +318,8 @@ class Engine:
           UserError: an unknown name or value, or nothing to draft with.
         """
         drafter = self.drafter
+        if name == control.AUTO:
+            name = DEFAULT_CONTROLLER if drafter else control.PLAIN
         spec = control.parse_controller(name, drafter.draft.max_draft if drafter else DraftConfig.max_draft)
         if spec.kind == control.PLAIN:
             return None
