@@ -1,6 +1,8 @@
-"""What must stand in the environment before jax and huggingface_hub are imported."""
+"""What must stand in the environment before jax and huggingface_hub are imported, and fixtures of several files."""
 
 import os
+
+import pytest
 
 # Eight CPU devices for the tests of sharding; everything else runs on the first one and is not slowed.
 _DEVICES = "--xla_force_host_platform_device_count"
@@ -8,3 +10,14 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8"
 # No test may reach for the network behind our back.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(params=["this machine's", "narrow"])
+def registers(request, monkeypatch):
+    """Kernels as they are compiled for this machine, and as for one without AVX-512."""
+    from eesd_jax.model import cpu_attention, cpu_calls, cpu_rows
+
+    if request.param == "narrow":
+        monkeypatch.setattr(cpu_calls, "registers", lambda: cpu_calls.Registers(lanes=8, rows=2))
+        for kernel in (cpu_attention, cpu_rows):
+            monkeypatch.setattr(kernel, "TARGET", f"{kernel.TARGET}_narrow")

@@ -11,14 +11,6 @@ from eesd_jax.model import cpu_calls, cpu_rows, llama
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel for CPUs")
 
 
-@pytest.fixture(params=["this machine's", "narrow"])
-def registers(request, monkeypatch):
-    """Also the code for machines without AVX-512."""
-    if request.param == "narrow":
-        monkeypatch.setattr(cpu_calls, "registers", lambda: cpu_calls.Registers(lanes=8, rows=2))
-        monkeypatch.setattr(cpu_rows, "TARGET", "eesd_jax_narrow_rows")
-
-
 def multiply(x: jax.Array, weight: jax.Array) -> jax.Array:
     # A function of its own, so that nothing traced with other registers is used.
     return jax.jit(lambda x, weight: cpu_rows.rows_by_matrix(x, weight))(x, weight)

@@ -1,4 +1,4 @@
-"""Attention of a few tokens over the key/value cache on CPU: one kernel in place of a dozen small operations.
+"""Attention over the key/value cache on CPU: one kernel in place of a dozen small operations, for one new token as for hundreds.
 
 It reads the valid part of the cache only, whatever the capacity, and sums everything in the order of positions, wherever the boundary
 between cached and new tokens lies: so a pass of several tokens gives the very numbers of passes of one token each.
@@ -18,8 +18,6 @@ from llvmlite import ir
 from eesd_jax.model import cpu_calls
 from eesd_jax.model.cpu_calls import BYTES, F32, FLOATS, I32, I64
 
-# With more tokens than this, XLA's own products are as fast.
-MAX_TOKENS = 64
 TARGET = "eesd_jax_cached_attention"
 # Vectors begin at multiples of this many positions: a position has the same lane in every pass.
 _LANES = 16
@@ -41,9 +39,8 @@ _LEAST = -87.0  # exp of less is 0 here
 
 
 def usable(q_BxTxNxH: jax.Array, cached_k: jax.Array, window: jax.Array | int | None) -> bool:
-    """Whether `cached_attention` can take this: float32 on a CPU, few tokens, and sizes that divide evenly."""
-    tokens, channels, slots = q_BxTxNxH.shape[1], q_BxTxNxH.shape[3], cached_k.shape[3]
-    fits = tokens <= MAX_TOKENS and channels % _LANES == 0 and slots % _LANES == 0
+    """Whether `cached_attention` can take this: float32 on a CPU, and sizes that divide evenly."""
+    fits = q_BxTxNxH.shape[3] % _LANES == 0 and cached_k.shape[3] % _LANES == 0
     static = window is None or isinstance(window, int)
     return fits and static and {q_BxTxNxH.dtype, cached_k.dtype} == {jnp.dtype("float32")} and cpu_calls.possible()
 
@@ -57,10 +54,10 @@ def cached_attention(
     start_B: jax.Array,
     window: int | None,
 ) -> jax.Array:
-    """Causal attention, [B, T, N, H]; see `usable`.
+    """Causal attention, float32 [B, T, N, H]; see `usable`. Not differentiable.
 
     Args:
-      q_BxTxNxH: queries, rotated and scaled.
+      q_BxTxNxH: float32 queries, rotated and scaled.
       new_k, new_v: [B, K, H, T] and [B, K, T, H], of these tokens.
       cached_k, cached_v: [B, K, H, S] and [B, K, S, H]; row b's are valid in [0, start_b).
       start_B: int32 [B], position of each row's first new token.

@@ -59,14 +59,11 @@ class Job(NamedTuple):
 
     def read(self, builder: ir.IRBuilder, name: str) -> ir.Value:
         """A word: int64."""
-        return builder.load(self._word(builder, name))
+        return builder.load(field(builder, self.address, 8 * self.words.index(name), I64))
 
     def floats(self, builder: ir.IRBuilder, name: str) -> ir.Value:
         """A word that is an address of floats."""
         return builder.inttoptr(self.read(builder, name), FLOATS)
-
-    def _word(self, builder: ir.IRBuilder, name: str) -> ir.Value:
-        return field(builder, self.address, 8 * self.words.index(name), I64)
 
 
 # Adds a function `chunk(job, index)` to the module: (module, names of the job's words, registers) -> the function.
@@ -99,20 +96,32 @@ def register(
 
 
 @contextlib.contextmanager
-def loop(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int) -> Iterator[ir.Value]:
-    """Code in this context runs for start, start + step, ... below stop."""
+def _loop(
+    builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int, initial: Sequence[ir.Value]
+) -> Iterator[tuple[ir.Value, list[ir.Value], list[ir.Value]]]:
+    """Yields the index, the carried values, and a list that the code in this context fills with the next ones."""
     before = builder.block
     head, body, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
     builder.branch(head)
     builder.position_at_end(head)
-    index = builder.phi(I64)
-    index.add_incoming(start, before)
+    index, *values = (builder.phi(value.type) for value in (start, *initial))
+    for phi, value in zip((index, *values), (start, *initial), strict=True):
+        phi.add_incoming(value, before)
     builder.cbranch(builder.icmp_signed("<", index, stop), body, after)
     builder.position_at_end(body)
-    yield index
-    index.add_incoming(builder.add(index, I64(step)), builder.block)
+    following: list[ir.Value] = []
+    yield index, values, following
+    for phi, value in zip((index, *values), (builder.add(index, I64(step)), *following), strict=True):
+        phi.add_incoming(value, builder.block)
     builder.branch(head)
     builder.position_at_end(after)
+
+
+@contextlib.contextmanager
+def loop(builder: ir.IRBuilder, start: ir.Value, stop: ir.Value, step: int) -> Iterator[ir.Value]:
+    """Code in this context runs for start, start + step, ... below stop."""
+    with _loop(builder, start, stop, step, ()) as (index, _, _):
+        yield index
 
 
 def fold(
@@ -124,22 +133,8 @@ def fold(
     body: Callable[[ir.Value, Sequence[ir.Value]], Sequence[ir.Value]],
 ) -> list[ir.Value]:
     """A loop that carries values in registers: `body(index, values)` gives the next ones."""
-    before = builder.block
-    head, inside, after = (builder.append_basic_block(name) for name in ("head", "body", "after"))
-    builder.branch(head)
-    builder.position_at_end(head)
-    index = builder.phi(I64)
-    index.add_incoming(start, before)
-    values = [builder.phi(value.type) for value in initial]
-    for phi, value in zip(values, initial, strict=True):
-        phi.add_incoming(value, before)
-    builder.cbranch(builder.icmp_signed("<", index, stop), inside, after)
-    builder.position_at_end(inside)
-    for phi, value in zip(values, body(index, values), strict=True):
-        phi.add_incoming(value, builder.block)
-    index.add_incoming(builder.add(index, I64(step)), builder.block)
-    builder.branch(head)
-    builder.position_at_end(after)
+    with _loop(builder, start, stop, step, initial) as (index, values, following):
+        following += body(index, values)
     return values
 
 

@@ -116,6 +116,10 @@ def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Reg
         share = builder.sdiv(builder.mul(builder.sdiv(outputs, I64(_BLOCK_OUTPUTS)), index), chunks)
         return builder.mul(share, I64(_BLOCK_OUTPUTS))
 
+    # What comes next is spread over the passes: all four rows of w at once, two and two, or one by one.
+    one = builder.icmp_signed("<=", rows, I64(max_rows))
+    few = builder.icmp_signed("<=", rows, I64(3 * max_rows))
+    ahead = builder.select(one, I64(4), builder.select(few, I64(2), I64(1)))
     first = boundary(chunk)
     count = builder.sub(boundary(builder.add(chunk, I64(1))), first)
     with cpu_calls.loop(builder, I64(0), count, _BLOCK_OUTPUTS) as offset:
@@ -127,11 +131,7 @@ def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Reg
         def run(rows_at_once: int, row: ir.Value) -> None:
             x_block = builder.gep(x, [builder.mul(row, inputs)])
             out_block = builder.gep(out, [builder.add(builder.mul(row, outputs), o)])
-            # Spread over the passes: all four at once, two and two, or one by one.
-            one = builder.icmp_signed("<=", rows, I64(max_rows))
-            few = builder.icmp_signed("<=", rows, I64(3 * max_rows))
             block = builder.select(one, blocks[rows_at_once, 4], builder.select(few, blocks[rows_at_once, 2], blocks[rows_at_once, 1]))
-            ahead = builder.select(one, I64(4), builder.select(few, I64(2), I64(1)))
             skip = builder.mul(ahead, builder.sdiv(row, I64(max_rows)))
             done = builder.or_(last, builder.icmp_signed(">=", skip, I64(_BLOCK_OUTPUTS)))
             skip = builder.select(done, I64(0), builder.add(skip, I64(_BLOCK_OUTPUTS)))

@@ -74,7 +74,7 @@ def attention(
       new_k, new_v: [B, K, H, T] and [B, K, T, H], this pass's own (rotated) keys and values.
       cached_k, cached_v: [B, K, H, S] and [B, K, S, H], or None where nothing came before.
       start_B: int32 [B]; row b's cache is valid in [0, start_b), and its tokens stand at positions start_b + t.
-      mask_TxT: bool [T, T] or [B, T, T], which tokens of this pass see which (segments, when packed); None: each sees those before it.
+      mask_TxT: bool [T, T] or [B, T, T], which of this pass's tokens see which (segments, when packed); None: all before, and self.
       window: attend to the last `window` positions only, self included; None for all.
 
     Returns:
