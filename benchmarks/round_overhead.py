@@ -95,7 +95,7 @@ class Parts:
 
     def __init__(self, engine: Engine, sampling: Sampling):
         self.config, self.draft = engine.model.config, engine.drafter.draft
-        self.params, self.branch, self.sampling = engine.model.params, engine.drafter.branch, sampling
+        self.params, self.branch, self.sampling = engine.params, engine.branch, sampling
 
     def loops(self) -> dict[Any, Callable[[DecodeState, int], DecodeState]]:
         """By name: "early", "exit", ("verify", width), and ("bare", drafts)."""

@@ -104,8 +104,7 @@ def _shape(engine: "Engine", batch: int) -> str:
 
     device, model, drafter = jax.devices()[0], engine.model, engine.drafter
     longest_text = min(PROMPT_TOKENS + _budget(engine), model.config.context_length) + drafter.draft.max_draft + 1
-    embed = model.params["embed"]
-    head = None if drafter.branch is None else (drafter.branch.head.shape, str(drafter.branch.head.dtype))
+    weights = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), (engine.params, engine.branch))
     return repr(
         (
             code_fingerprint(),
@@ -114,10 +113,9 @@ def _shape(engine: "Engine", batch: int) -> str:
             os.cpu_count(),
             jax.__version__,
             model.config,
-            str(embed.dtype),
-            len(embed.sharding.device_set),
+            len(engine.params["embed"].sharding.device_set),
             drafter.draft,
-            head,
+            weights,
             batch,
             bucket_shapes(engine.decode_config, PROMPT_TOKENS, longest_text),
         )

@@ -35,7 +35,7 @@ from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.model import cpu_calls, llama
-from eesd_jax.model.exit_branch import ExitBranch
+from eesd_jax.model.exit_branch import ExitBranch, with_codes
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import branch_folder, hub
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -170,12 +170,17 @@ class Engine:
       model: the target.
       decode_config: defaults of generation and its buckets.
       drafter: what drafts, or None (then only plain decoding is to be had).
+      params, branch: the weights as programs take them: on a CPU with codes beside them.
     """
 
     def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig(), drafter: Drafter | None = None):
         self.model = model
         self.decode_config = decode_config
         self.drafter = drafter
+        self.params = llama.with_codes(model.params, model.codes)
+        self.branch = drafter.branch if drafter else None
+        if self.branch is not None and self.branch.head.dtype == jnp.float32 and not self._on_mesh and cpu_calls.possible():
+            self.branch = with_codes(self.branch)
 
     @property
     def has_chat_template(self) -> bool:
@@ -352,8 +357,8 @@ class Engine:
         with cpu_calls.on_mesh(self._on_mesh):
             state, exit_cache = _prefill(
                 config,
-                self.model.params,
-                drafter.branch if drafter else None,
+                self.params,
+                self.branch if drafter else None,
                 tokens,
                 lengths,
                 limits,
@@ -371,9 +376,9 @@ class Engine:
         eos_ids, steps = jnp.array(model.eos_ids, jnp.int32), jnp.int32(max_steps)
         with cpu_calls.on_mesh(self._on_mesh):
             if controller is None:
-                return _decode_plain(model.config, eos_ids, model.params, settings, state, steps)
-            branch, draft = self.drafter.branch, self.drafter.draft
-            return _decode_speculative(model.config, draft, controller, eos_ids, model.params, branch, settings, state, steps)
+                return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
+            draft = self.drafter.draft
+            return _decode_speculative(model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps)
 
     @property
     def _on_mesh(self) -> bool:

@@ -15,9 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 @pytest.fixture(params=["this machine's", "narrow"])
 def registers(request, monkeypatch):
     """Kernels as they are compiled for this machine, and as for one without AVX-512."""
-    from eesd_jax.model import cpu_attention, cpu_calls, cpu_rows
+    from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows
 
     if request.param == "narrow":
         monkeypatch.setattr(cpu_calls, "registers", lambda: cpu_calls.Registers(lanes=8, rows=2))
-        for kernel in (cpu_attention, cpu_rows):
+        for kernel in (cpu_attention, cpu_codes, cpu_rows):
             monkeypatch.setattr(kernel, "TARGET", f"{kernel.TARGET}_narrow")

@@ -14,6 +14,7 @@ from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.controllers import Beta, Calibrated, Calibration, CostAware, Fixed, Threshold
 from eesd_jax.engine import Drafter
+from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.exit_branch import init_exit_branch
 
 # --- Names ---
@@ -121,11 +122,12 @@ def fake_engine(dtype=jnp.float32, draft=DraftConfig(1, 2, ()), options=DecodeCo
     """As much of an engine as a cost file's name needs."""
     config = tiny.config(**{"max_position_embeddings": 4096, **model})
     params = {"embed": jnp.zeros((4, 4), dtype)}
-    branch = types.SimpleNamespace(head=jnp.zeros(head, dtype))
     return types.SimpleNamespace(
-        model=types.SimpleNamespace(config=config, params=params),
+        model=types.SimpleNamespace(config=config),
         decode_config=options,
-        drafter=types.SimpleNamespace(draft=draft, branch=branch),
+        drafter=types.SimpleNamespace(draft=draft),
+        params=params,
+        branch=jnp.zeros(head, dtype),
     )
 
 
@@ -214,6 +216,8 @@ def test_a_folder_that_cannot_be_made_is_warned_of(folder, measurements):
 
 
 def test_whatever_changes_the_cost_is_measured_on_its_own(folder, measurements):
+    coded = fake_engine()
+    coded.params |= {"head_codes": Codes(jnp.zeros((4, 32), jnp.int8), jnp.zeros((4, 1)), None)}
     others = [
         (fake_engine(), 2),
         (fake_engine(dtype=jnp.bfloat16), 1),
@@ -224,6 +228,7 @@ def test_whatever_changes_the_cost_is_measured_on_its_own(folder, measurements):
         (fake_engine(draft=DraftConfig(1, 2, (2,))), 1),
         (fake_engine(draft=DraftConfig(1, 2, (), longest_match=3)), 1),
         (fake_engine(options=DecodeConfig(max_new_tokens=2000)), 1),  # a longer cache
+        (coded, 1),
     ]
     for engine, batch in [(fake_engine(), 1), *others]:
         cost_table.round_costs(engine, batch)

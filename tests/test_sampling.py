@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 
-from eesd_jax.decode.sampling import Sampling, sample, warp
+from eesd_jax.decode.sampling import Sampling, best_token, sample, warp
 
 
 def settings(rows: list[tuple[float, int, float, float]]) -> Sampling:
@@ -74,3 +74,16 @@ def test_extreme_logits_stay_finite(row: tuple[float, int, float, float]):
     probs = warp(jnp.array([[-1e30, 0.0, 1e4, 1e4 - 1]]), settings([row]))
     assert np.isfinite(probs).all()
     np.testing.assert_allclose(probs.sum(), 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("vocabulary", [64, 640, 300])
+def test_the_best_token_is_the_first_of_the_best(vocabulary):
+    rng = np.random.default_rng(0)
+    # Few different values: many ties, within groups of tokens and between them.
+    logits = rng.integers(0, 4, (50, 3, vocabulary)).astype(np.float32)
+    logits[0], logits[1] = -np.inf, 2.0
+    found = jax.jit(best_token)(logits)
+    assert found.dtype == jnp.int32
+    np.testing.assert_array_equal(found, np.argmax(logits, axis=-1))
+    one_best = np.eye(vocabulary, dtype=np.float32)
+    np.testing.assert_array_equal(jax.jit(best_token)(one_best), np.arange(vocabulary))

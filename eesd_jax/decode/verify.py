@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.decode.sampling import Sampling, warp
+from eesd_jax.decode.sampling import Sampling, best_token, warp
 
 
 class Drafts(NamedTuple):
@@ -57,7 +57,7 @@ def _residual(p_BxV: jax.Array, q_BxV: jax.Array) -> jax.Array:
 
 def accept_greedy(drafts: Drafts, logits_BxWxV: jax.Array) -> Verdict:
     """Keeps the drafts that are the target's own argmax."""
-    target_BxW = jnp.argmax(logits_BxWxV, axis=-1).astype(jnp.int32)
+    target_BxW = best_token(logits_BxWxV)
     ours = jnp.arange(drafts.tokens.shape[1]) < drafts.count[:, None]
     accepted = _leading(ours & (drafts.tokens == target_BxW[:, :-1]))
     return Verdict(accepted, jnp.take_along_axis(target_BxW, accepted[:, None], axis=1)[:, 0])

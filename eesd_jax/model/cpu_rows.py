@@ -12,7 +12,8 @@ Axes: R rows, I inputs, O outputs.
 """
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -26,14 +27,14 @@ from eesd_jax.model.cpu_calls import BYTES, F32, FLOATS, I32, I64
 MAX_ROWS = 64
 TARGET = "eesd_jax_rows_by_matrix"
 _CHUNKS_PER_CORE = 4
-_BLOCK_OUTPUTS = 4
+BLOCK_OUTPUTS = 4
 _LANES = 16
 
 
 def usable(rows: int, weight_OxI: jax.Array) -> bool:
     """Whether `rows_by_matrix` can take this product: float32 on a CPU, few rows, and sizes that divide evenly."""
     outputs, inputs = weight_OxI.shape
-    if rows > MAX_ROWS or weight_OxI.dtype != jnp.float32 or outputs % _BLOCK_OUTPUTS or inputs % _LANES:
+    if rows > MAX_ROWS or weight_OxI.dtype != jnp.float32 or outputs % BLOCK_OUTPUTS or inputs % _LANES:
         return False
     return cpu_calls.possible()
 
@@ -43,9 +44,7 @@ def rows_by_matrix(x_RxI: jax.Array, weight_OxI: jax.Array) -> jax.Array:
     """Float32 [R, I] times [O, I], giving [R, O]; see `usable`."""
     _register(TARGET)
     result = jax.ShapeDtypeStruct((x_RxI.shape[0], weight_OxI.shape[0]), jnp.float32)
-    # Several chunks a core, so that a core that comes late leaves its share to the others.
-    chunks = min(weight_OxI.shape[0] // _BLOCK_OUTPUTS, _CHUNKS_PER_CORE * cpu_calls.cores())
-    return jax.ffi.ffi_call(TARGET, result)(x_RxI, weight_OxI, chunks=np.int64(chunks), helpers=np.int64(cpu_calls.cores() - 1))
+    return jax.ffi.ffi_call(TARGET, result)(x_RxI, weight_OxI, **split(weight_OxI.shape[0]))
 
 
 @rows_by_matrix.defjvp
@@ -56,14 +55,21 @@ def _rows_by_matrix_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[ja
     return rows_by_matrix(x, weight), change
 
 
+def split(outputs: int) -> dict[str, np.int64]:
+    """How a product of so many outputs is cut: the attributes of its kernel."""
+    # Several chunks a core, so that a core that comes late leaves its share to the others.
+    chunks = min(outputs // BLOCK_OUTPUTS, _CHUNKS_PER_CORE * cpu_calls.cores())
+    return {"chunks": np.int64(chunks), "helpers": np.int64(cpu_calls.cores() - 1)}
+
+
 @functools.cache
 def _register(target: str) -> None:
     arguments, results = (("x", "rows", "inputs"), ("w", "outputs")), (("out",),)
     cpu_calls.register(target, arguments, results, ("chunks", "helpers"), _add_chunk)
 
 
-def _add_block(module: ir.Module, rows: int, lanes: int, ahead: int) -> ir.Function:
-    """`block(x, w, out, inputs, outputs, next)`: the products of `rows` rows of x with `_BLOCK_OUTPUTS` rows of w.
+def add_block(module: ir.Module, rows: int, lanes: int, ahead: int) -> ir.Function:
+    """`block(x, w, out, inputs, outputs, next)`: the products of `rows` rows of x with `BLOCK_OUTPUTS` rows of w.
 
     On its way it asks memory for `ahead` rows that begin at `next`.
     """
@@ -72,76 +78,99 @@ def _add_block(module: ir.Module, rows: int, lanes: int, ahead: int) -> ir.Funct
     function = ir.Function(module, kind, f"block_of_{rows}_ahead_{ahead}")
     function.linkage = "internal"
     x, w, out, inputs, outputs, following = function.args
-    fma = cpu_calls.external(module, f"llvm.fma.v{lanes}f32", vector, vector, vector, vector)
     prefetch = cpu_calls.external(module, "llvm.prefetch.p0i8", ir.VoidType(), BYTES, I32, I32, I32)
-    total = cpu_calls.external(module, f"llvm.vector.reduce.fadd.v{lanes}f32", F32, F32, vector)
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     x_rows = [builder.gep(x, [builder.mul(inputs, I64(r))]) for r in range(rows)]
-    w_rows = [builder.gep(w, [builder.mul(inputs, I64(o))]) for o in range(_BLOCK_OUTPUTS)]
+    w_rows = [builder.gep(w, [builder.mul(inputs, I64(o))]) for o in range(BLOCK_OUTPUTS)]
     next_rows = [builder.gep(following, [builder.mul(inputs, I64(o))]) for o in range(ahead)]
-    cells = [(r, o) for r in range(rows) for o in range(_BLOCK_OUTPUTS)]
 
     def load(row: ir.Value, i: ir.Value) -> ir.Value:
         return builder.load(builder.bitcast(builder.gep(row, [i]), vector.as_pointer()), align=4)
 
-    def multiply(i: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
+    def step(i: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
         for row in next_rows:  # to read, into the second-level cache, data
             builder.call(prefetch, (builder.bitcast(builder.gep(row, [i]), BYTES), I32(0), I32(2), I32(1)))
-        weights, values = [load(row, i) for row in w_rows], [load(row, i) for row in x_rows]
-        return [builder.call(fma, (values[r], weights[o], before)) for (r, o), before in zip(cells, sums, strict=True)]
+        return multiply(module, builder, [load(row, i) for row in x_rows], [load(row, i) for row in w_rows], sums)
 
     zero = ir.Constant(vector, [0.0] * lanes)
-    sums = cpu_calls.fold(builder, I64(0), inputs, lanes, [zero] * len(cells), multiply)
-    for (r, o), value in zip(cells, sums, strict=True):
-        address = builder.gep(out, [builder.add(builder.mul(outputs, I64(r)), I64(o))])
-        builder.store(builder.call(total, (F32(0.0), value), fastmath=("reassoc",)), address)
+    sums = cpu_calls.fold(builder, I64(0), inputs, lanes, [zero] * (rows * BLOCK_OUTPUTS), step)
+    store_sums(module, builder, sums, out, outputs)
     builder.ret_void()
     return function
+
+
+def multiply(
+    module: ir.Module, builder: ir.IRBuilder, values: Sequence[ir.Value], weights: Sequence[ir.Value], sums: Sequence[ir.Value]
+) -> list[ir.Value]:
+    """Vectors of every row times vectors of every output, added to their sums, which are in the order (row, output)."""
+    vector = weights[0].type
+    fma = cpu_calls.external(module, f"llvm.fma.v{vector.count}f32", vector, vector, vector, vector)
+    cells = itertools.product(values, weights)
+    return [builder.call(fma, (value, weight, before)) for (value, weight), before in zip(cells, sums, strict=True)]
+
+
+def store_sums(module: ir.Module, builder: ir.IRBuilder, sums: Sequence[ir.Value], out: ir.Value, outputs: ir.Value) -> None:
+    """Adds up the lanes of each sum, and writes the block [rows, `BLOCK_OUTPUTS`] into rows of `outputs` floats."""
+    vector = sums[0].type
+    total = cpu_calls.external(module, f"llvm.vector.reduce.fadd.v{vector.count}f32", F32, F32, vector)
+    for i, value in enumerate(sums):
+        row, output = divmod(i, BLOCK_OUTPUTS)
+        address = builder.gep(out, [builder.add(builder.mul(outputs, I64(row)), I64(output))])
+        builder.store(builder.call(total, (F32(0.0), value), fastmath=("reassoc",)), address)
 
 
 def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Registers) -> ir.Function:
     """`chunk(job, index)`: an even share of the outputs."""
     lanes, max_rows = registers
-    blocks = {(rows, ahead): _add_block(module, rows, lanes, ahead) for rows in range(1, max_rows + 1) for ahead in (1, 2, 4)}
+    blocks = {(rows, ahead): add_block(module, rows, lanes, ahead) for rows in range(1, max_rows + 1) for ahead in (1, 2, 4)}
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
     address, chunk = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     job = cpu_calls.Job(words, address)
     x, w, out = (job.floats(builder, name) for name in ("x", "w", "out"))
-    rows, inputs, outputs, chunks = (job.read(builder, name) for name in ("rows", "inputs", "outputs", "chunks"))
-    whole_rows = builder.mul(builder.sdiv(rows, I64(max_rows)), I64(max_rows))
-    remaining = builder.sub(rows, whole_rows)
-
-    def boundary(index: ir.Value) -> ir.Value:
-        share = builder.sdiv(builder.mul(builder.sdiv(outputs, I64(_BLOCK_OUTPUTS)), index), chunks)
-        return builder.mul(share, I64(_BLOCK_OUTPUTS))
-
+    rows, inputs, outputs = (job.read(builder, name) for name in ("rows", "inputs", "outputs"))
     # What comes next is spread over the passes: all four rows of w at once, two and two, or one by one.
     one = builder.icmp_signed("<=", rows, I64(max_rows))
     few = builder.icmp_signed("<=", rows, I64(3 * max_rows))
     ahead = builder.select(one, I64(4), builder.select(few, I64(2), I64(1)))
-    first = boundary(chunk)
-    count = builder.sub(boundary(builder.add(chunk, I64(1))), first)
-    with cpu_calls.loop(builder, I64(0), count, _BLOCK_OUTPUTS) as offset:
+    first, end = share(builder, job, chunk)
+    with cpu_calls.loop(builder, first, end, BLOCK_OUTPUTS) as o:
         # Four rows of w stay in the first-level cache while all rows of x pass by; meanwhile the next four come from memory.
-        o = builder.add(first, offset)
         w_block = builder.gep(w, [builder.mul(o, inputs)])
-        last = builder.icmp_signed(">=", builder.add(offset, I64(_BLOCK_OUTPUTS)), count)
+        last = builder.icmp_signed(">=", builder.add(o, I64(BLOCK_OUTPUTS)), end)
 
         def run(rows_at_once: int, row: ir.Value) -> None:
             x_block = builder.gep(x, [builder.mul(row, inputs)])
             out_block = builder.gep(out, [builder.add(builder.mul(row, outputs), o)])
             block = builder.select(one, blocks[rows_at_once, 4], builder.select(few, blocks[rows_at_once, 2], blocks[rows_at_once, 1]))
             skip = builder.mul(ahead, builder.sdiv(row, I64(max_rows)))
-            done = builder.or_(last, builder.icmp_signed(">=", skip, I64(_BLOCK_OUTPUTS)))
-            skip = builder.select(done, I64(0), builder.add(skip, I64(_BLOCK_OUTPUTS)))
+            done = builder.or_(last, builder.icmp_signed(">=", skip, I64(BLOCK_OUTPUTS)))
+            skip = builder.select(done, I64(0), builder.add(skip, I64(BLOCK_OUTPUTS)))
             following = builder.gep(w_block, [builder.mul(skip, inputs)])
             builder.call(block, (x_block, w_block, out_block, inputs, outputs, following))
 
-        with cpu_calls.loop(builder, I64(0), whole_rows, max_rows) as row:
-            run(max_rows, row)
-        for rows_at_once in range(1, max_rows):
-            with builder.if_then(builder.icmp_signed("==", remaining, I64(rows_at_once))):
-                run(rows_at_once, whole_rows)
+        sweep(builder, rows, max_rows, run)
     builder.ret_void()
     return function
+
+
+def share(builder: ir.IRBuilder, job: cpu_calls.Job, chunk: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first output of a chunk, and the first that is no longer its own."""
+    outputs, chunks = job.read(builder, "outputs"), job.read(builder, "chunks")
+
+    def boundary(index: ir.Value) -> ir.Value:
+        blocks = builder.sdiv(builder.mul(builder.sdiv(outputs, I64(BLOCK_OUTPUTS)), index), chunks)
+        return builder.mul(blocks, I64(BLOCK_OUTPUTS))
+
+    return boundary(chunk), boundary(builder.add(chunk, I64(1)))
+
+
+def sweep(builder: ir.IRBuilder, rows: ir.Value, max_rows: int, run: Callable[[int, ir.Value], None]) -> None:
+    """Code that calls `run(rows at once, first row)` for all rows: as many at once as registers hold, then what is left."""
+    whole_rows = builder.mul(builder.sdiv(rows, I64(max_rows)), I64(max_rows))
+    remaining = builder.sub(rows, whole_rows)
+    with cpu_calls.loop(builder, I64(0), whole_rows, max_rows) as row:
+        run(max_rows, row)
+    for rows_at_once in range(1, max_rows):
+        with builder.if_then(builder.icmp_signed("==", remaining, I64(rows_at_once))):
+            run(rows_at_once, whole_rows)

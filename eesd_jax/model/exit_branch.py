@@ -17,8 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, rope, sharding
+from eesd_jax.model import cpu_codes, llama, rope, sharding
 from eesd_jax.model.cache import KVCache
+from eesd_jax.model.cpu_codes import Codes
 
 STARTS = ("last", "next", "zero")
 
@@ -27,12 +28,22 @@ class ExitBranch(NamedTuple):
     """The branch's weights, in the dtype of the target's, and the tokens that it can draft.
 
     block: params of one `llama.Block`. norm: [D]. head: [Q, D]. draft_ids: int32 [Q], the target's id of each row of the head.
+    head_codes: the head once more, see `with_codes`.
     """
 
     block: llama.Params
     norm: jax.Array
     head: jax.Array
     draft_ids: jax.Array
+    head_codes: Codes | None = None
+
+
+def with_codes(branch: ExitBranch) -> ExitBranch:
+    """The branch that decodes: beside its weights, in 16 bits those of its matrices that lose nothing by it."""
+    block = {name: cpu_codes.of_halves(weight) for name, weight in branch.block.items() if weight.ndim == 2}
+    # Apart from each other: where only keys and values are used, no queries are computed.
+    block = llama.block_with_codes(branch.block, {name: codes for name, codes in block.items() if codes is not None}, join=False)
+    return branch._replace(block=block, head_codes=cpu_codes.of_halves(branch.head))
 
 
 def init_exit_branch(
@@ -122,4 +133,5 @@ def run_exit_block(
 
 def draft_logits(config: ModelConfig, branch: ExitBranch, x_BxTxD: jax.Array) -> jax.Array:
     """The branch's norm and head: float32 logits over the draft vocabulary, [B, T, Q]."""
-    return llama.linear(llama.rms_norm(x_BxTxD, branch.norm, config.norm_eps), branch.head, preferred_element_type=jnp.float32)
+    x = llama.rms_norm(x_BxTxD, branch.norm, config.norm_eps)
+    return llama.linear(x, branch.head, branch.head_codes, preferred_element_type=jnp.float32)

@@ -7,9 +7,13 @@ files, so that loading changes nothing.
 Axes: B batch, T tokens of this pass, S cache capacity, N query heads, K key/value heads, G = N/K, H head dim, D hidden, F mlp,
 V vocabulary.
 
-Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": [V, D] (absent when tied)}.
+Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": [V, D] (absent when tied)}. Those that decode may carry
+the same weights once more, as the codes of their file (`with_codes`).
 """
 
+import itertools
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import flax.linen as nn
@@ -17,12 +21,14 @@ import jax
 import jax.numpy as jnp
 
 from eesd_jax.config import ModelConfig
-from eesd_jax.model import cpu_attention, cpu_rows, rope
+from eesd_jax.model import cpu_attention, cpu_codes, cpu_rows, rope
 from eesd_jax.model.cache import KVCache
+from eesd_jax.model.cpu_codes import Codes
 
 Params = dict[str, Any]
 
 _CPU_SPLITS = 2
+_CODES, _HEAD_CODES = "codes", "head_codes"
 
 
 def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
@@ -35,9 +41,11 @@ def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array
     return jnp.einsum(formula, x, y, precision=_precision(x.dtype), **kwargs)
 
 
-def linear(x: jax.Array, weight_OxI: jax.Array, **kwargs: Any) -> jax.Array:
-    """X [B, T, I] times a weight stored as [out, in]: [B, T, O]."""
+def linear(x: jax.Array, weight_OxI: jax.Array, codes: Codes | None = None, **kwargs: Any) -> jax.Array:
+    """X [B, T, I] times a weight stored as [out, in]: [B, T, O]. Its codes, if given, are read in its place where that is faster."""
     rows = x.reshape(-1, x.shape[-1])
+    if cpu_codes.usable(rows.shape[0], codes):
+        return cpu_codes.rows_by_codes(rows, codes).reshape(*x.shape[:-1], -1)
     if cpu_rows.usable(rows.shape[0], weight_OxI):
         return cpu_rows.rows_by_matrix(rows, weight_OxI).reshape(*x.shape[:-1], -1)
     if rows.shape[0] == 1 and jax.default_backend() == "cpu" and weight_OxI.shape[0] % _CPU_SPLITS == 0:
@@ -135,6 +143,17 @@ class Block(nn.Module):
     def _weight(self, name: str, init: nn.initializers.Initializer, **axes: int) -> jax.Array:
         return self.param(name, nn.with_logical_partitioning(init, tuple(axes)), tuple(axes.values()), self.param_dtype)
 
+    def _linear(self, x: jax.Array, axis: dict[str, int], **outputs: dict[str, int]) -> list[jax.Array]:
+        """X times several weights, which are given with their axis of outputs; `axis` is that of their inputs."""
+        matrix = nn.initializers.normal(stddev=self.config.hidden_size**-0.5)
+        weights = [self._weight(name, matrix, **of_weight, **axis) for name, of_weight in outputs.items()]
+        codes = self.get_variable("params", _CODES, {})
+        together = codes.get(_joined(outputs))
+        if cpu_codes.usable(math.prod(x.shape[:-1]), together):  # as one product: each has its price, however small
+            ends = itertools.accumulate(weight.shape[0] for weight in weights[:-1])
+            return jnp.split(linear(x, weights[0], together), list(ends), axis=-1)
+        return [linear(x, weight, codes.get(name)) for name, weight in zip(outputs, weights, strict=True)]
+
     @nn.compact
     def __call__(
         self,
@@ -149,16 +168,13 @@ class Block(nn.Module):
         """Returns the residual stream [B, T, D] and this pass's keys [B, K, H, T] and values [B, K, T, H]. Arguments as in `attention`."""
         c = self.config
         x = x_BxTxD
-        matrix = nn.initializers.normal(stddev=c.hidden_size**-0.5)
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
         embed, mlp, head_dim = {"embed": c.hidden_size}, {"mlp": c.intermediate_size}, {"head_dim": c.head_dim}
         # Heads and their channels are one axis: XLA multiplies by matrices as they lie, but copies anything with more axes first.
         heads, kv_heads = {"heads": c.num_heads * c.head_dim}, {"kv_heads": c.num_kv_heads * c.head_dim}
 
         h = rms_norm(x, self._weight("attn_norm", ones, **embed), c.norm_eps)
-        q = linear(h, self._weight("wq", matrix, **heads, **embed))
-        k = linear(h, self._weight("wk", matrix, **kv_heads, **embed))
-        v = linear(h, self._weight("wv", matrix, **kv_heads, **embed))
+        q, k, v = self._linear(h, embed, wq=heads, wk=kv_heads, wv=kv_heads)
         if c.qkv_bias:
             q += self._weight("bq", zeros, **heads)
             k += self._weight("bk", zeros, **kv_heads)
@@ -170,18 +186,17 @@ class Block(nn.Module):
         q, k = rope.rotate(q, rot), rope.rotate(k, rot)
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, K, H, T], [B, K, T, H]
         attended = attention(q, k, v, cached_k, cached_v, start_B, mask_TxT, window)
-        out = linear(attended.reshape(*x.shape[:2], -1), self._weight("wo", matrix, **embed, **heads))
+        (out,) = self._linear(attended.reshape(*x.shape[:2], -1), heads, wo=embed)
         if c.out_bias:
             out += self._weight("bo", zeros, **embed)
         x = x + out
 
         h = rms_norm(x, self._weight("mlp_norm", ones, **embed), c.norm_eps)
-        gate = linear(h, self._weight("w_gate", matrix, **mlp, **embed))
-        up = linear(h, self._weight("w_up", matrix, **mlp, **embed))
+        gate, up = self._linear(h, embed, w_gate=mlp, w_up=mlp)
         if c.mlp_bias:
             gate += self._weight("b_gate", zeros, **mlp)
             up += self._weight("b_up", zeros, **mlp)
-        out = linear(nn.silu(gate) * up, self._weight("w_down", matrix, **embed, **mlp))
+        (out,) = self._linear(nn.silu(gate) * up, mlp, w_down=embed)
         if c.mlp_bias:
             out += self._weight("b_down", zeros, **embed)
         return x + out, k, v
@@ -274,7 +289,33 @@ def logits(config: ModelConfig, params: Params, x_BxTxD: jax.Array) -> jax.Array
     """Final norm and LM head: float32 logits [B, T, V] of the residual stream after the last block."""
     h = rms_norm(x_BxTxD, params["final_norm"], config.norm_eps)
     head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
-    return linear(h, head_VxD, preferred_element_type=jnp.float32)
+    return linear(h, head_VxD, params.get(_HEAD_CODES), preferred_element_type=jnp.float32)
+
+
+def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
+    """Params that decode: the same weights, with those codes beside them.
+
+    Args:
+      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing; None for params as they are.
+    """
+    if codes is None:
+        return params
+    blocks = tuple(block_with_codes(block, of_block) for block, of_block in zip(params["blocks"], codes["blocks"], strict=True))
+    return params | {"blocks": blocks, _HEAD_CODES: codes.get("head")}
+
+
+def block_with_codes(block: Params, codes: dict[str, Codes], *, join: bool = True) -> Params:
+    """A block's params with codes beside them; with `join`, those that one input is multiplied by lie together."""
+    codes = dict(codes)
+    for names in (("wq", "wk", "wv"), ("w_gate", "w_up")) if join else ():
+        parts = [codes.get(name) for name in names]
+        if None not in parts and cpu_codes.same_kind(parts):
+            codes = {name: of_name for name, of_name in codes.items() if name not in names} | {_joined(names): cpu_codes.concatenate(parts)}
+    return block | {_CODES: codes}
+
+
+def _joined(names: Iterable[str]) -> str:
+    return " ".join(names)
 
 
 def init(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:

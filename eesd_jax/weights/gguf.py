@@ -11,6 +11,7 @@ import gguf
 import numpy as np
 
 from eesd_jax.errors import UserError
+from eesd_jax.model.cpu_codes import Codes
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -31,6 +32,12 @@ _BLOCK_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 _PIECE = 256  # rows dequantized at once
 _ALIGNMENT = 64  # bytes
+# The types whose codes decode as they are: numpy type of a byte of codes, and whether an offset follows the scale.
+_CODED = {
+    gguf.GGMLQuantizationType.Q4_0: (np.uint8, False),
+    gguf.GGMLQuantizationType.Q4_1: (np.uint8, True),
+    gguf.GGMLQuantizationType.Q8_0: (np.int8, False),
+}
 _REQUIRED_FIELDS = (
     "block_count",
     "context_length",
@@ -131,12 +138,34 @@ class GGUFSource:
             raise UserError(
                 f"{self.description}: tensor {tensor.name} has type {tensor.tensor_type.name}, which the gguf package cannot dequantize"
             ) from None
-        if self.architecture == "llama" and (".q_proj." in name or ".k_proj." in name):
-            heads = self._kv_heads if ".k_proj." in name else self._heads
-            # The converter interleaved the two halves of each head (for rotation of neighbouring pairs); undo it.
-            halves = data.reshape(heads, data.shape[0] // heads // 2, 2, *data.shape[1:])
-            data = halves.swapaxes(1, 2).reshape(data.shape)
-        return data
+        return self._hf_rows(name, data)
+
+    def codes(self, name: str) -> Codes | None:
+        """The same tensor as the file stores it, rows of q and k in Hugging Face order; None for types other than Q4_0, Q4_1 and Q8_0."""
+        tensor = self._tensors[name]
+        kind = tensor.tensor_type
+        if kind not in _CODED or len(self.shapes[name]) != 2:
+            return None
+        codes_type, has_offset = _CODED[kind]
+        _, group_bytes = gguf.GGML_QUANT_SIZES[kind]
+        groups = np.asarray(tensor.data).reshape(self.shapes[name][0], -1, group_bytes)  # [O, G, bytes]
+
+        def numbers(first: int) -> np.ndarray:
+            return np.ascontiguousarray(groups[..., first : first + 2]).view(np.float16)[..., 0].astype(np.float32)
+
+        scale, offset = numbers(0), numbers(2) if has_offset else None
+        codes = np.ascontiguousarray(groups[..., 4 if has_offset else 2 :]).view(codes_type).reshape(len(groups), -1)
+        if kind == gguf.GGMLQuantizationType.Q4_0:
+            offset = -8 * scale  # its codes stand for -8..7; exact, as is what comes of it
+        return Codes(*(None if array is None else self._hf_rows(name, array) for array in (codes, scale, offset)))
+
+    def _hf_rows(self, name: str, data: np.ndarray) -> np.ndarray:
+        """Undoes what the converter did to q and k of Llama: it interleaved the halves of each head, for rotation of neighbouring pairs."""
+        if self.architecture != "llama" or not (".q_proj." in name or ".k_proj." in name):
+            return data
+        heads = self._kv_heads if ".k_proj." in name else self._heads
+        halves = data.reshape(heads, data.shape[0] // heads // 2, 2, *data.shape[1:])
+        return halves.swapaxes(1, 2).reshape(data.shape)
 
     @property
     def _heads(self) -> int:

@@ -4,7 +4,7 @@ Weights are read one tensor at a time and placed at once with their sharding, so
 """
 
 import pathlib
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, sharding
+from eesd_jax.model import cpu_calls, llama, sharding
+from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
 
 # Our name -> Hugging Face name. Every tensor is stored with just our shape.
@@ -57,12 +58,14 @@ class LoadedModel(NamedTuple):
     """Everything that generation needs of a model.
 
     config: static shape. params: as in `model/llama.py`. tokenizer: with the chat template, if there is one. eos_ids: ids that end a text.
+    codes: of those weights that their file stores as such, for `llama.with_codes`; None where nothing would be gained by them.
     """
 
     config: ModelConfig
     params: llama.Params
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
+    codes: dict[str, Any] | None = None
 
 
 def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedModel:
@@ -93,7 +96,11 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
         eos_ids = [*eos_ids, text.eos_token_id]
     if len(text) > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {len(text)} tokens, the model's vocabulary only {config.vocab_size}")
-    return LoadedModel(config, load_params(config, source, dtype, mesh), text, tuple(sorted(set(eos_ids))))
+    params = load_params(config, source, dtype, mesh)
+    # In other arithmetic codes would not stand for the very weights.
+    coded = isinstance(source, gguf.GGUFSource) and mesh is None and dtype == jnp.float32 and cpu_calls.possible()
+    codes = load_codes(config, source) if coded else None
+    return LoadedModel(config, params, text, tuple(sorted(set(eos_ids))), codes)
 
 
 def _random_model(config: ModelConfig, text: PreTrainedTokenizerBase, dtype: jnp.dtype, mesh: Mesh | None) -> LoadedModel:
@@ -130,6 +137,18 @@ def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mes
         return jax.make_array_from_callback(data.shape, placement, data.__getitem__).block_until_ready()
 
     return jax.tree.map(load, names, placements)
+
+
+def load_codes(config: ModelConfig, source: gguf.GGUFSource) -> dict[str, Any]:
+    """The codes of every matrix that the file stores as such, in the structure that `llama.with_codes` takes."""
+
+    def read(names: dict[str, str]) -> dict[str, Codes]:
+        found = {ours: source.codes(name) for ours, name in names.items()}
+        return {ours: jax.tree.map(jnp.asarray, codes) for ours, codes in found.items() if codes is not None}
+
+    names = _source_names(nn.meta.unbox(sharding.abstract_params(config)))
+    head = {"head": names["embed" if config.tie_embeddings else "lm_head"]}
+    return read(head) | {"blocks": tuple(read(block) for block in names["blocks"])}
 
 
 def _source_names(abstract: llama.Params) -> llama.Params:
