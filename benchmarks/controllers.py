@@ -30,11 +30,12 @@ from rich.table import Table
 from eesd_jax import cli
 from eesd_jax.config import ControllerConfig
 from eesd_jax.control import build_controller, parse_controller
+from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed, Forced
 from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
-flags.DEFINE_string("cost", "cpu", "cpu, gpu, a list such as 1,1.1,1.3, or a JSON file of a list: a round with 0, 1, ... drafts.")
+flags.DEFINE_string("cost", "cpu", "cpu, dear, gpu, a list such as 1,1.1,1.3, or a JSON file of a list: a round with 0, 1, ... drafts.")
 flags.DEFINE_string("controllers", "threshold:0.6,beta,beta:plain,calibrated,cost_aware", "Controllers to compare.")
 flags.DEFINE_integer("prompts", 128, "Prompts of each process; a multiple of --batch_size.")
 flags.DEFINE_integer("tokens", 256, "Tokens generated from each prompt.")
@@ -45,8 +46,10 @@ for field in dataclasses.fields(ControllerConfig):
     flags.DEFINE_float(field.name, field.default, "Of the learning controllers; see ControllerConfig.")
 
 COSTS = {
-    # Milliseconds, measured on 2 CPU cores: the built-in model, float32, batch 1, an exit branch with the whole vocabulary.
-    "cpu": (26.4, 49.9, 61.0, 70.0, 79.6, 88.6, 95.8, 108.3, 116.0),
+    # Milliseconds, measured on 2 CPU cores: the built-in model, float32, batch 1, N = 4, a draft vocabulary of 8192 (docs/decoder.md).
+    "cpu": (7.78, 10.93, 12.77, 16.50, 18.32, 24.87, 26.04, 27.73, 28.61),
+    # The same machine when XLA did these products, and the branch drafted from the whole vocabulary: drafting is dear.
+    "dear": (26.4, 49.9, 61.0, 70.0, 79.6, 88.6, 95.8, 108.3, 116.0),
     # An assumption, not a measurement: a pass is bound by reading the weights, so that verifying 9 tokens costs what one does, and a draft
     # reads a twelfth of them.
     "gpu": tuple(1 + 0.08 * drafts for drafts in range(9)),
@@ -329,7 +332,7 @@ def cost_from_flag() -> tuple[float, ...]:
     try:
         path = pathlib.Path(FLAGS.cost)
         values = json.loads(path.read_text()) if path.is_file() else json.loads(f"[{FLAGS.cost}]")
-        cost = tuple(float(value) for value in (values["seconds"] if isinstance(values, dict) else values))
+        cost = tuple(float(value) for value in (values["exit"] if isinstance(values, dict) else values))
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"--cost is {FLAGS.cost!r}; {expected}") from None
     if len(cost) < 2 or not all(0 < value < math.inf for value in cost):
@@ -348,7 +351,7 @@ def main(argv: Sequence[str]) -> None:
     settings = ControllerConfig(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(ControllerConfig)})
     specs = {name: parse_controller(name, max_draft=len(cost) - 1) for name in dict.fromkeys(FLAGS.controllers.split(","))}
     # Confidence is taken as it is: whether it is calibrated is what the processes differ in.
-    built = {name: build_controller(spec, settings, Calibration(), cost) for name, spec in specs.items()}
+    built = {name: build_controller(spec, settings, Calibration(), RoundCosts(cost, ())) for name, spec in specs.items()}
     controllers = {name: Fixed(0) if controller is None else controller for name, controller in built.items()}
     texts = make_texts(FLAGS.seed, FLAGS.prompts, FLAGS.tokens)
     result = summarize(compare(controllers, cost, texts, FLAGS.batch_size, FLAGS.seed), list(controllers))

@@ -3,14 +3,17 @@
     pip install -e ".[parity]"
     python benchmarks/plain_vs_transformers.py
 
-The two take turns prompt by prompt, so that a drift of the machine's speed cancels. The memory bound is the time to read the weights once a
-token at the bandwidth measured in the same run. Batch 16 is compared with this project's own batch 1.
+They take turns prompt by prompt, so that a drift of the machine's speed cancels. This project multiplies by the weights as their file
+stores them (4- and 8-bit codes), and once more, with these set aside, by float32 weights. A memory bound is the time to read all weights
+once a token at the bandwidth measured in the same run. Batch 16 is compared with this project's own batch 1.
 """
 
+import collections
 import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import torch
@@ -21,6 +24,7 @@ from rich.table import Table
 
 import eesd_jax
 from eesd_jax import cli
+from eesd_jax.weights.load import LoadedModel
 
 FLAGS = flags.FLAGS
 flags.DEFINE_integer("new_tokens", 128, "Tokens generated from each prompt.")
@@ -28,6 +32,8 @@ flags.DEFINE_integer("batch_size", 16, "Batch of the throughput row.")
 flags.DEFINE_integer("repeats", 2, "Rounds through the prompts that are timed, after one that is not.")
 flags.DEFINE_string("json", None, "File to write the result to.")
 
+T = TypeVar("T")
+AS_STORED, IN_FLOAT32 = "as stored", "in float32"
 PROMPTS = (
     "Why is the sky blue?",
     "Write a short story about a lighthouse keeper.",
@@ -39,14 +45,29 @@ PROMPTS = (
 def read_bandwidth() -> float:
     """Bytes per second of reading memory on all cores: the median of ten sums over 1 GiB."""
     block = torch.ones(2**28)
-    return block.nbytes / statistics.median(seconds(block.sum) for _ in range(10))
+    seconds: list[float] = []
+    for _ in range(10):
+        timed(seconds, block.sum)
+    return block.nbytes / statistics.median(seconds)
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of one call."""
+def stored_bytes(model: LoadedModel) -> int:
+    """Bytes of all weights, of those as codes that have any."""
+    weights = dict(model.params)
+    blocks = list(model.params["blocks"])
+    codes = model.codes or {"blocks": [{} for _ in blocks]}
+    if "head" in codes:
+        weights |= {"embed" if model.config.tie_embeddings else "lm_head": codes["head"]}
+    weights["blocks"] = [block | of_block for block, of_block in zip(blocks, codes["blocks"], strict=True)]
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+
+
+def timed(seconds: list[float], work: Callable[[], T]) -> T:
+    """What the work gives; adds its wall time."""
     start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
+    result = work()
+    seconds.append(time.perf_counter() - start)
+    return result
 
 
 def main(argv: Sequence[str]) -> None:
@@ -54,57 +75,57 @@ def main(argv: Sequence[str]) -> None:
     reference = torch_reference.load_model()
     # Without EOS ids, so that every text has the same length.
     loaded = eesd_jax.load("demo", dtype="float32").model._replace(eos_ids=())
-    engine = eesd_jax.Engine(loaded, eesd_jax.DecodeConfig(max_new_tokens=FLAGS.new_tokens))
-    prompts = [engine.encode(prompt) for prompt in PROMPTS]
-
-    def run_transformers(ids: list[int]) -> list[int]:
-        return torch_reference.generate(reference, ids, FLAGS.new_tokens)
-
-    def run_batch(prompts: list[list[int]]) -> list[list[int]]:
-        return [generation.token_ids for generation in engine.generate_ids(prompts, seeds=[0] * len(prompts))]
-
+    config = eesd_jax.DecodeConfig(max_new_tokens=FLAGS.new_tokens)
+    engines = {AS_STORED: eesd_jax.Engine(loaded, config)}
+    if loaded.codes:
+        engines[IN_FLOAT32] = eesd_jax.Engine(loaded._replace(codes=None), config)
+    prompts = [engines[AS_STORED].encode(prompt) for prompt in PROMPTS]
     batch = [prompts[i % len(prompts)] for i in range(FLAGS.batch_size)]
-    times: dict[str, list[float]] = {"transformers": [], "eesd_jax": [], "eesd_jax batch": []}
+
+    def run(engine: eesd_jax.Engine, prompts: list[list[int]]) -> list[list[int]]:
+        return [text.token_ids for text in engine.generate_ids(prompts, seeds=[0] * len(prompts), controller=None)]
+
+    times: dict[tuple[str, int], list[float]] = collections.defaultdict(list)
     identical = True
     for repeat in range(FLAGS.repeats + 1):
         for ids in prompts:
-            theirs = seconds(lambda ids=ids: run_transformers(ids))
-            ours = seconds(lambda ids=ids: run_batch([ids]))
-            if repeat == 0:
-                identical &= run_transformers(ids) == run_batch([ids])[0]
-            else:
-                times["transformers"].append(theirs)
-                times["eesd_jax"].append(ours)
-        batched = seconds(lambda: run_batch(batch))
-        if repeat > 0:
-            times["eesd_jax batch"].append(batched)
+            found = timed(times["transformers", 1], lambda ids=ids: torch_reference.generate(reference, ids, FLAGS.new_tokens))
+            for name, engine in engines.items():
+                identical &= timed(times[name, 1], lambda engine=engine, ids=ids: run(engine, [ids])) == [found]
+        for name, engine in engines.items():
+            timed(times[name, FLAGS.batch_size], lambda engine=engine: run(engine, batch))
+        if repeat == 0:  # that time compiles
+            times.clear()
 
-    tokens = {"transformers": FLAGS.new_tokens, "eesd_jax": FLAGS.new_tokens, "eesd_jax batch": FLAGS.new_tokens * FLAGS.batch_size}
-    speed = {name: tokens[name] * len(values) / sum(values) for name, values in times.items()}
+    speed = {(name, rows): FLAGS.new_tokens * rows * len(values) / sum(values) for (name, rows), values in times.items()}
     bandwidth = read_bandwidth()
-    weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(loaded.params))
-    result = {
-        "new_tokens": FLAGS.new_tokens,
-        "transformers_tokens_per_second": speed["transformers"],
-        "tokens_per_second": speed["eesd_jax"],
-        "ratio": speed["eesd_jax"] / speed["transformers"],
-        "batch_size": FLAGS.batch_size,
-        "batch_tokens_per_second": speed["eesd_jax batch"],
-        "batch_ratio": speed["eesd_jax batch"] / speed["eesd_jax"],
-        "read_bandwidth_gb_per_second": bandwidth / 1e9,
-        "memory_bound_tokens_per_second": bandwidth / weight_bytes,
-        "identical_tokens": identical,
-    }
+    sizes = {name: stored_bytes(engine.model) for name, engine in engines.items()}
+    base = speed["transformers", 1]
     table = Table(title=f"SmolLM2-135M-Instruct, float32, greedy, {FLAGS.new_tokens} new tokens, {len(PROMPTS)} prompts in turn")
     for column in ("", "tokens/s", "ratio"):
         table.add_column(column, justify="right" if column else "left")
-    table.add_row("transformers + torch generate, batch 1", f"{speed['transformers']:.1f}", "1.00")
-    table.add_row("eesd_jax plain, batch 1", f"{speed['eesd_jax']:.1f}", f"{result['ratio']:.2f}")
-    bound = result["memory_bound_tokens_per_second"]
-    table.add_row(f"memory bound, batch 1 ({bandwidth / 1e9:.0f} GB/s)", f"{bound:.1f}", f"{bound / speed['transformers']:.2f}")
-    table.add_row(
-        f"eesd_jax plain, batch {FLAGS.batch_size}", f"{speed['eesd_jax batch']:.1f}", f"{result['batch_ratio']:.2f} x its batch 1"
-    )
+    table.add_row("transformers + torch generate, batch 1", f"{base:.1f}", "1.00")
+    result = {
+        "new_tokens": FLAGS.new_tokens,
+        "transformers_tokens_per_second": base,
+        "batch_size": FLAGS.batch_size,
+        "read_bandwidth_gb_per_second": bandwidth / 1e9,
+        "identical_tokens": identical,
+    }
+    for name in engines:
+        one, many, bound = speed[name, 1], speed[name, FLAGS.batch_size], bandwidth / sizes[name]
+        table.add_section()
+        table.add_row(f"eesd_jax plain, weights {name}, batch 1", f"{one:.1f}", f"{one / base:.2f}")
+        title = f"memory bound: {sizes[name] / 1e6:.0f} MB at {bandwidth / 1e9:.0f} GB/s"
+        table.add_row(title, f"{bound:.1f}", f"{bound / base:.2f}")
+        table.add_row(f"eesd_jax plain, weights {name}, batch {FLAGS.batch_size}", f"{many:.1f}", f"{many / one:.2f} x its batch 1")
+        result[name] = {
+            "tokens_per_second": one,
+            "ratio": one / base,
+            "memory_bound_tokens_per_second": bound,
+            "batch_tokens_per_second": many,
+            "batch_ratio": many / one,
+        }
     Console().print(table)
     print(f"identical tokens: {'yes' if identical else 'no'}")
     if FLAGS.json:

@@ -42,7 +42,7 @@ def with_codes(branch: ExitBranch) -> ExitBranch:
     """The branch that decodes: beside its weights, in 16 bits those of its matrices that lose nothing by it."""
     block = {name: cpu_codes.of_halves(weight) for name, weight in branch.block.items() if weight.ndim == 2}
     # Apart from each other: where only keys and values are used, no queries are computed.
-    block = llama.block_with_codes(branch.block, {name: codes for name, codes in block.items() if codes is not None}, join=False)
+    block = llama.block_with_codes(branch.block, {name: codes for name, codes in block.items() if codes is not None})
     return branch._replace(block=block, head_codes=cpu_codes.of_halves(branch.head))
 
 

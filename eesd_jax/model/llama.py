@@ -296,7 +296,8 @@ def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
     """Params that decode: the same weights, with those codes beside them.
 
     Args:
-      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing; None for params as they are.
+      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing, with names of weights or as `join_codes` makes them;
+        None for params as they are.
     """
     if codes is None:
         return params
@@ -304,14 +305,18 @@ def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
     return params | {"blocks": blocks, _HEAD_CODES: codes.get("head")}
 
 
-def block_with_codes(block: Params, codes: dict[str, Codes], *, join: bool = True) -> Params:
-    """A block's params with codes beside them; with `join`, those that one input is multiplied by lie together."""
-    codes = dict(codes)
-    for names in (("wq", "wk", "wv"), ("w_gate", "w_up")) if join else ():
+def block_with_codes(block: Params, codes: dict[str, Codes]) -> Params:
+    """A block's params with codes beside them."""
+    return block | {_CODES: codes}
+
+
+def join_codes(codes: dict[str, Codes]) -> dict[str, Codes]:
+    """Codes of a block's weights, where those that one input is multiplied by lie together, if they are of one kind."""
+    for names in (("wq", "wk", "wv"), ("w_gate", "w_up")):
         parts = [codes.get(name) for name in names]
         if None not in parts and cpu_codes.same_kind(parts):
             codes = {name: of_name for name, of_name in codes.items() if name not in names} | {_joined(names): cpu_codes.concatenate(parts)}
-    return block | {_CODES: codes}
+    return codes
 
 
 def _joined(names: Iterable[str]) -> str:

@@ -148,7 +148,7 @@ def load_codes(config: ModelConfig, source: gguf.GGUFSource) -> dict[str, Any]:
 
     names = _source_names(nn.meta.unbox(sharding.abstract_params(config)))
     head = {"head": names["embed" if config.tie_embeddings else "lm_head"]}
-    return read(head) | {"blocks": tuple(read(block) for block in names["blocks"])}
+    return read(head) | {"blocks": tuple(llama.join_codes(read(block)) for block in names["blocks"])}
 
 
 def _source_names(abstract: llama.Params) -> llama.Params:
