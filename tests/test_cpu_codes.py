@@ -103,6 +103,24 @@ def test_codes_of_a_file_are_its_weights(tmp_path, kind):
             np.testing.assert_array_equal(multiply(identity, codes).T, source.read(name))
 
 
+def test_codes_of_blocks_of_256(tmp_path):
+    kind = GGMLType.Q4_K
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    raw = np.random.default_rng(0).integers(0, 256, (8, 512 // block, size), np.uint8)
+    raw[..., [1, 3]] &= 0x3B  # the upper bytes of the two float16 of a block: finite
+    writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
+    writer.add_tensor("blk.0.ffn_down.weight", raw.reshape(8, -1), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    source = GGUFSource(tmp_path / "model.gguf")
+    (name,) = source.shapes
+    codes = jax.tree.map(jnp.asarray, source.codes(name))
+    np.testing.assert_array_equal(multiply(jnp.eye(512)[:64], codes).T, source.read(name)[:, :64])
+    np.testing.assert_array_equal(multiply(jnp.eye(512)[-64:], codes).T, source.read(name)[:, -64:])
+
+
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     """A model of a file of codes with an exit branch in 16 bits: reading the codes, and reading the float32 weights."""

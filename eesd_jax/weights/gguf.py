@@ -32,12 +32,6 @@ _BLOCK_NAMES = {
 _ROPE_FACTORS = "rope_freqs.weight"
 _PIECE = 256  # rows dequantized at once
 _ALIGNMENT = 64  # bytes
-# The types whose codes decode as they are: numpy type of a byte of codes, and whether an offset follows the scale.
-_CODED = {
-    gguf.GGMLQuantizationType.Q4_0: (np.uint8, False),
-    gguf.GGMLQuantizationType.Q4_1: (np.uint8, True),
-    gguf.GGMLQuantizationType.Q8_0: (np.int8, False),
-}
 _REQUIRED_FIELDS = (
     "block_count",
     "context_length",
@@ -141,23 +135,15 @@ class GGUFSource:
         return self._hf_rows(name, data)
 
     def codes(self, name: str) -> Codes | None:
-        """The same tensor as the file stores it, rows of q and k in Hugging Face order; None for types other than Q4_0, Q4_1 and Q8_0."""
+        """The same tensor as the file stores it, rows of q and k in Hugging Face order; None for types other than those of `_CODES`."""
         tensor = self._tensors[name]
-        kind = tensor.tensor_type
-        if kind not in _CODED or len(self.shapes[name]) != 2:
+        read = _CODES.get(tensor.tensor_type)
+        if read is None or len(self.shapes[name]) != 2:
             return None
-        codes_type, has_offset = _CODED[kind]
-        _, group_bytes = gguf.GGML_QUANT_SIZES[kind]
-        groups = np.asarray(tensor.data).reshape(self.shapes[name][0], -1, group_bytes)  # [O, G, bytes]
-
-        def numbers(first: int) -> np.ndarray:
-            return np.ascontiguousarray(groups[..., first : first + 2]).view(np.float16)[..., 0].astype(np.float32)
-
-        scale, offset = numbers(0), numbers(2) if has_offset else None
-        codes = np.ascontiguousarray(groups[..., 4 if has_offset else 2 :]).view(codes_type).reshape(len(groups), -1)
-        if kind == gguf.GGMLQuantizationType.Q4_0:
-            offset = -8 * scale  # its codes stand for -8..7; exact, as is what comes of it
-        return Codes(*(None if array is None else self._hf_rows(name, array) for array in (codes, scale, offset)))
+        _, block_bytes = gguf.GGML_QUANT_SIZES[tensor.tensor_type]
+        outputs = self.shapes[name][0]
+        found = read(np.asarray(tensor.data).reshape(outputs, -1, block_bytes))
+        return Codes(*(None if array is None else self._hf_rows(name, array.reshape(outputs, -1)) for array in found))
 
     def _hf_rows(self, name: str, data: np.ndarray) -> np.ndarray:
         """Undoes what the converter did to q and k of Llama: it interleaved the halves of each head, for rotation of neighbouring pairs."""
@@ -224,6 +210,44 @@ class GGUFSource:
             "beta_fast": self.field(f"{prefix}.yarn_beta_fast"),
             "beta_slow": self.field(f"{prefix}.yarn_beta_slow"),
         }
+
+
+def _halves(blocks: np.ndarray, first: int) -> np.ndarray:
+    """The float16 that stands at a byte of each block, in float32: [O, blocks] of uint8 [O, blocks, bytes]."""
+    return np.ascontiguousarray(blocks[..., first : first + 2]).view(np.float16)[..., 0].astype(np.float32)
+
+
+def _codes_of_q4_0(blocks: np.ndarray) -> Codes:
+    scale = _halves(blocks, 0)
+    return Codes(blocks[..., 2:], scale, -8 * scale)  # its codes stand for -8..7; exact, as is what comes of it
+
+
+def _codes_of_q4_1(blocks: np.ndarray) -> Codes:
+    return Codes(blocks[..., 4:], _halves(blocks, 0), _halves(blocks, 2))
+
+
+def _codes_of_q8_0(blocks: np.ndarray) -> Codes:
+    return Codes(blocks[..., 2:].view(np.int8), _halves(blocks, 0), None)
+
+
+def _codes_of_q4_k(blocks: np.ndarray) -> Codes:
+    """Blocks of 8 groups, which have scales and minima of 6 bits times two float16; pairs of groups share bytes."""
+    low, high, mixed = (blocks[..., first : first + 4] for first in (4, 8, 12))
+    scales = np.concatenate([low & 63, mixed & 15 | low >> 2 & 48], axis=-1)
+    minima = np.concatenate([high & 63, mixed >> 4 | high >> 2 & 48], axis=-1)
+    pairs = blocks[..., 16:].reshape(*blocks.shape[:2], 4, 1, 2, 16)  # the halves of two groups, the second one's in the high bits
+    codes = np.concatenate([pairs & 15, pairs >> 4], axis=3)  # [O, blocks, 4, 2 groups, 2 halves, 16]
+    packed = codes[..., 0, :] | codes[..., 1, :] << 4
+    return Codes(packed, _halves(blocks, 0)[..., None] * scales, -(_halves(blocks, 2)[..., None] * minima))
+
+
+# How the types are read whose numbers are `scale * code + offset` in groups of 32: from blocks, uint8 [O, blocks, bytes].
+_CODES = {
+    gguf.GGMLQuantizationType.Q4_0: _codes_of_q4_0,
+    gguf.GGMLQuantizationType.Q4_1: _codes_of_q4_1,
+    gguf.GGMLQuantizationType.Q4_K: _codes_of_q4_k,
+    gguf.GGMLQuantizationType.Q8_0: _codes_of_q8_0,
+}
 
 
 def _aligned_empty(shape: tuple[int, ...]) -> np.ndarray:
