@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-demo parity lint clean
+.PHONY: demo test test-slow test-demo parity report lint clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
@@ -22,6 +22,10 @@ test-demo: $(VENV)/.installed-test
 # Compares with transformers + PyTorch (CPU).
 parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest -m parity
+
+# PROMPTS=a.jsonl,b.jsonl; hours on a CPU, and goes on where it stopped.
+report: $(VENV)/.installed-run
+	$(BIN)/python benchmarks/report.py --prompts="$(PROMPTS)"
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -1,0 +1,278 @@
+"""The report: `infer/benchmark.py` over temperatures, batch sizes and sources of drafts, and what training runs reached, in one document.
+
+    make report PROMPTS=questions.jsonl,functions.jsonl
+    python benchmarks/report.py --prompts=questions.jsonl --output_dir=runs/report --report=docs/report.md
+    python benchmarks/report.py --prompts=questions.jsonl --training="N = 2=runs/n2,N = 4=runs/n4" --norun
+
+Hours, on a CPU. Each benchmark is kept in a folder of OUTPUT_DIR, and goes on where it stopped when the same command is started again;
+--norun reports on what there is. The report is Markdown with plots (SVG) in a folder beside it that has its name.
+"""
+
+import itertools
+import json
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+from absl import flags
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from eesd_jax import cli
+from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DraftConfig
+from eesd_jax.control import PLAIN
+from eesd_jax.errors import UserError
+from eesd_jax.report import ALL, table
+
+FLAGS = flags.FLAGS
+flags.DEFINE_list("prompts", None, "Files of prompts, each with a part of its own in the report.")
+flags.DEFINE_string("output_dir", "runs/report", "Folder for the benchmarks.")
+flags.DEFINE_string("report", "docs/report.md", "The document.")
+flags.DEFINE_string("model", "demo", "As for infer/benchmark.py.")
+flags.DEFINE_string("exit_branch", "auto", "As for infer/benchmark.py; none: lookup alone drafts.")
+flags.DEFINE_list("temperatures", ["0", "0.7", "1"], "Each is run with every batch size.")
+flags.DEFINE_list("batch_sizes", ["1", "4", "16"], "Each is run with every temperature.")
+flags.DEFINE_list("controllers", ["threshold:0.5", "beta", "beta:plain", "calibrated", DEFAULT_CONTROLLER], "Beside fixed:1..max_draft.")
+flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens that a round may draft.")
+flags.DEFINE_integer("max_new_tokens", 128, "Tokens of each answer.")
+flags.DEFINE_integer("limit", None, "Only the first so many conversations of each file.")
+flags.DEFINE_list("training", [], "Training runs for the last part, LABEL=FOLDER each.")
+flags.DEFINE_boolean("run", True, "Do what is not done yet.")
+
+BENCHMARK = pathlib.Path(__file__).parent.parent / "infer" / "benchmark.py"
+WITHOUT_BRANCH = ("fixed", "cost_aware")
+
+
+class Cell(NamedTuple):
+    """One benchmark. arms: what drafts, joined by +."""
+
+    prompts: str
+    temperature: str
+    batch_size: str
+    arms: str
+
+    @property
+    def folder(self) -> pathlib.Path:
+        name = f"temperature_{self.temperature}_batch_{self.batch_size}_{self.arms}"
+        return pathlib.Path(FLAGS.output_dir).expanduser() / pathlib.Path(self.prompts).stem / name
+
+    def arguments(self) -> list[str]:
+        """Those of `infer/benchmark.py`."""
+        names = [f"fixed:{length}" for length in range(1, FLAGS.max_draft + 1)] + FLAGS.controllers
+        if self.arms == "lookup":
+            names = [name for name in names if name.partition(":")[0] in WITHOUT_BRANCH]
+        values = {
+            "prompts": self.prompts,
+            "model": FLAGS.model,
+            "exit_branch": FLAGS.exit_branch,
+            "arms": self.arms.replace("+", ","),
+            "controllers": ",".join([PLAIN, *names]),
+            "temperature": self.temperature,
+            "batch_size": self.batch_size,
+            "max_new_tokens": FLAGS.max_new_tokens,
+            "max_draft": FLAGS.max_draft,
+            "limit": FLAGS.limit,
+            "output_dir": self.folder,
+        }
+        return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+    def run(self) -> None:
+        """Runs the benchmark, unless this very one is finished; raises UserError where it fails."""
+        finished = self.folder / "finished.json"
+        if finished.exists() and json.loads(finished.read_text()) == self.arguments():
+            return
+        print(f"{self.folder}:", file=sys.stderr, flush=True)
+        code = subprocess.run([sys.executable, BENCHMARK, *self.arguments()], stdout=subprocess.DEVNULL).returncode
+        if code:
+            raise UserError(f"{self.folder}: infer/benchmark.py ended with exit code {code}; its own message is above")
+        with cli.whole_file(finished) as file:
+            json.dump(self.arguments(), file)
+
+    def results(self) -> dict[str, Any] | None:
+        """Its `results.json`, if there is one."""
+        path = self.folder / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def all_cells() -> list[Cell]:
+    """What says most comes first."""
+    sources = ("lookup",) if FLAGS.exit_branch == "none" else ("+".join(ARMS), *ARMS)
+    return [Cell(*parts) for parts in itertools.product(FLAGS.prompts, FLAGS.temperatures, FLAGS.batch_sizes, sources)]
+
+
+def of_all(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The rows of all prompts together, by controller."""
+    return {row["controller"]: row for row in results["rows"] if row["category"] == ALL}
+
+
+def figure(value: float | None, form: str = ".2f") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def headline(found: dict[Cell, dict[str, Any]]) -> str:
+    """The default controller in every setting."""
+    header = ("T", "batch", "drafts from", "plain, tokens/s", "tokens/s", "speed-up", "scored", "tokens/round", "acceptance", "identical")
+    lines = []
+    for cell, results in found.items():
+        rows = of_all(results)
+        ours = rows[DEFAULT_CONTROLLER]
+        same = "-" if ours["identical"] is None else f"{ours['identical']} of {ours['answers']}"
+        figures = [figure(ours[name]) for name in ("speedup", "scored_speedup", "tokens_per_round", "acceptance_rate")]
+        speeds = [figure(row["tokens_per_second"], ".1f") for row in (rows[PLAIN], ours)]
+        lines.append((cell.temperature, cell.batch_size, cell.arms, *speeds, *figures, same))
+    return table(header, lines)
+
+
+def by_category(found: dict[Cell, dict[str, Any]], field: str) -> str:
+    """A figure of the default controller in every setting and category."""
+    categories = list(dict.fromkeys(row["category"] for results in found.values() for row in results["rows"]))
+    lines = []
+    for cell, results in found.items():
+        rows = {row["category"]: row for row in results["rows"] if row["controller"] == DEFAULT_CONTROLLER}
+        lines.append((cell.temperature, cell.batch_size, cell.arms, *(figure(rows[name][field]) for name in categories)))
+    return table(("T", "batch", "drafts from", *categories), lines)
+
+
+def against_fixed(found: dict[Cell, dict[str, Any]]) -> str:
+    """Scores of all controllers, relative to the fixed length (plain decoding is length 0) that the scores themselves say was best."""
+    names = list(dict.fromkeys(name for results in found.values() for name in of_all(results) if not is_fixed(name)))
+    lines = []
+    for cell, results in found.items():
+        rows = of_all(results)
+        best = max(filter(is_fixed, rows), key=lambda name: rows[name]["scored_speedup"])
+        scores = [figure(rows[name]["scored_speedup"] / rows[best]["scored_speedup"]) if name in rows else "-" for name in names]
+        lines.append((cell.temperature, cell.batch_size, cell.arms, f"{best}: {rows[best]['scored_speedup']:.2f}", *scores))
+    return table(("T", "batch", "drafts from", "best fixed length", *names), lines)
+
+
+def is_fixed(name: str) -> bool:
+    return name == PLAIN or name.startswith("fixed:")
+
+
+def plot_batches(found: dict[Cell, dict[str, Any]]) -> Figure:
+    """Speed-up of the default controller against the batch size."""
+    plot = Figure((8.0, 4.5), layout="constrained")
+    axes = plot.add_subplot()
+    axes.set(title=f"{DEFAULT_CONTROLLER} over plain decoding", xlabel="batch size", ylabel="times as fast", xscale="log")
+    for temperature, arms in dict.fromkeys((cell.temperature, cell.arms) for cell in found):
+        rows = [of_all(results) for cell, results in found.items() if (cell.temperature, cell.arms) == (temperature, arms)]
+        points = sorted((row[DEFAULT_CONTROLLER]["batch_size"], row[DEFAULT_CONTROLLER]["speedup"]) for row in rows)
+        axes.plot(*zip(*points, strict=True), "o-", label=f"T = {temperature}, {arms}")
+    return finish(plot, axes, sorted({int(cell.batch_size) for cell in found}))
+
+
+def plot_training(runs: dict[str, dict[str, Any]]) -> Figure:
+    """Held-out agreement against response tokens seen."""
+    plot = Figure((8.0, 4.5), layout="constrained")
+    axes = plot.add_subplot()
+    axes.set(title="Agreement on held-out text", xlabel="positions trained on", ylabel="same best token", xscale="log")
+    for label, run in runs.items():
+        axes.plot(run["positions"], run["agreement"], "o-", label=label)
+    return finish(plot, axes, None)
+
+
+def finish(plot: Figure, axes: Any, ticks: Sequence[int] | None) -> Figure:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
+    if ticks:
+        axes.set_xticks(ticks, [str(tick) for tick in ticks])
+        axes.minorticks_off()
+        axes.axhline(1, color="black", linewidth=1, linestyle="--")
+    plot.legend(loc="outside right upper", frameon=False)
+    return plot
+
+
+def read_training(label: str, folder: pathlib.Path) -> dict[str, Any]:
+    """What a run of `train/distill.py` reached: its evaluations, and the settings that are kept with its branch."""
+    try:
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        info = json.loads((folder / "exit_branch" / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"--training: {label}={folder} cannot be read ({error}); expected the output_dir of a finished training run"
+        ) from None
+    seen, run = 0, {"positions": [], "agreement": [], "info": info}
+    for line in lines:
+        seen += line.get("positions", 0)
+        if "held_out/agreement" in line:
+            run["positions"].append(seen)
+            run["agreement"].append(line["held_out/agreement"])
+            run["last"] = line
+    return run
+
+
+def training_table(runs: dict[str, dict[str, Any]]) -> str:
+    header = ("run", "N", "start", "draft vocabulary", "response tokens", "positions seen", "loss", "agreement", "overlap", "tokens/round")
+    lines = []
+    for label, run in runs.items():
+        info, last = run["info"], run["last"]
+        counts = (f"{info['training']['response_tokens']:,}", f"{run['positions'][-1]:,}")
+        figures = (figure(last.get(f"held_out/{name}"), ".3f") for name in ("loss", "agreement", "overlap", "tokens_per_round"))
+        lines.append((label, str(info["exit_layer"]), info["start"], str(info["draft_vocab_size"]), *counts, *figures))
+    return table(header, lines)
+
+
+def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> None:
+    """The document and its plots."""
+    document = pathlib.Path(FLAGS.report).expanduser()
+    plots: dict[str, Figure] = {}
+    sections = ["# Report", *introduction(found)]
+    for prompts, cells in itertools.groupby(found, key=lambda cell: cell.prompts):
+        part = {cell: found[cell] for cell in cells}
+        stem = pathlib.Path(prompts).stem
+        plots[f"{stem}_batches"] = plot_batches(part)
+        sections += [f"## {stem}", f"### {DEFAULT_CONTROLLER}, the default", headline(part)]
+        sections += [f"![Speed-up against batch size]({document.stem}/{stem}_batches.svg)"]
+        sections += ["### Speed-up by category", by_category(part, "speedup")]
+        sections += ["### Tokens per round by category", by_category(part, "tokens_per_round")]
+        sections += ["### Controllers, by their scores, relative to the best fixed length", against_fixed(part)]
+    if runs:
+        plots["training"] = plot_training(runs)
+        sections += ["## Training", training_table(runs), f"![Agreement against training]({document.stem}/training.svg)"]
+    folder = document.with_suffix("")
+    folder.mkdir(parents=True, exist_ok=True)
+    with rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):  # the same bytes every time
+        for name, plot in plots.items():
+            with cli.whole_file(folder / f"{name}.svg") as file:
+                plot.savefig(file, format="svg", metadata={"Date": None})
+    with cli.whole_file(document) as file:
+        file.write("\n\n".join(sections) + "\n")
+
+
+def introduction(found: dict[Cell, dict[str, Any]]) -> Iterable[str]:
+    """On what and of what."""
+    for results in list(found.values())[:1]:
+        machine, settings = results["machine"], results["settings"]
+        yield (
+            f"Model {results['model']}, {machine['dtype']}, on {machine['devices']} x {machine['device']} ({machine['cpu']}, "
+            f"{machine['cores']} cores), jax {machine['jax']}; at most {settings['max_new_tokens']} new tokens and {settings['max_draft']} "
+            "drafts in a round. Every answer is interleaved with plain decoding's. Scored: the logged rounds priced with the measured cost "
+            "of a round. Made by `benchmarks/report.py`."
+        )
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    if not FLAGS.prompts:
+        raise UserError("--prompts is missing; expected files of prompts")
+    pairs = [entry.rpartition("=")[::2] for entry in FLAGS.training]
+    if wrong := [folder for label, folder in pairs if not label or not folder]:
+        raise UserError(f"--training is {wrong[0]!r}; expected LABEL=FOLDER")
+    runs = {label: read_training(label, pathlib.Path(folder).expanduser()) for label, folder in pairs}
+    cells = all_cells()
+    if FLAGS.run:
+        for cell in cells:
+            cell.run()
+    found = {cell: results for cell in cells if (results := cell.results()) is not None}
+    if not found and not runs:
+        raise UserError(
+            f"--output_dir is {FLAGS.output_dir!r}, and there is nothing in it to report on; expected finished benchmarks, or --run"
+        )
+    write(found, runs)
+    print(f"[{FLAGS.report} reports on {len(found)} of {len(cells)} benchmarks and {len(runs)} training runs]", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    cli.run(main)
