@@ -85,7 +85,8 @@ class Cell(NamedTuple):
 def all_cells() -> list[Cell]:
     """In the order in which they are run: what says most comes first."""
     cells = [Cell(ALL, "beta", DraftConfig.max_draft, 8)]
-    return cells + [Cell(GRID, name, draft, batch) for batch in (8, 1) for draft in (4, 8, 1, 16) for name in CONTROLLERS]
+    grid = [Cell(GRID, name, draft, batch) for batch in (8, 1) for draft in (4, 8, 1, 16) for name in CONTROLLERS]
+    return cells + sorted(grid, key=lambda cell: cell.controller == "beta:plain")
 
 
 def make_branch(config: ModelConfig, params: llama.Params, kind: str) -> ExitBranch:
