@@ -7,25 +7,31 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """flops: bfloat16 multiplications and additions a second, dense. memory: bytes. bandwidth: bytes a second to its memory."""
+    """flops: bfloat16 multiplications and additions a second, dense. memory: bytes. bandwidth: bytes a second to its memory.
+
+    link: bytes a second, one way, over one link to a neighbour in the slice; 0 where chips are joined by switches.
+    """
 
     flops: float
     memory: float
     bandwidth: float
+    link: float
 
 
+# TPUs: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, whose figure for all links of a chip is divided by their number (4 in a
+# two-dimensional torus, 6 in a three-dimensional one), and by 2 where it is said to be of both directions.
 # By `jax.Device.device_kind`, as far as it begins so; the longest match counts.
 _CHIPS = {
-    "TPU v4": Chip(275e12, 32 * 2**30, 1.2e12),
-    "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12),
-    "TPU v5e": Chip(197e12, 16 * 2**30, 0.819e12),
-    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12),
-    "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12),
-    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.64e12),
-    "TPU v6e": Chip(918e12, 32 * 2**30, 1.64e12),
-    "NVIDIA A100": Chip(312e12, 80 * 2**30, 2.0e12),
-    "NVIDIA H100": Chip(989e12, 80 * 2**30, 3.35e12),
-    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12),
+    "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 50e9),
+    "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12, 50e9),
+    "TPU v5e": Chip(197e12, 16 * 2**30, 0.819e12, 50e9),
+    "TPU v5": Chip(459e12, 95 * 2**30, 2.765e12, 100e9),
+    "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12, 100e9),
+    "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.6e12, 100e9),
+    "TPU v6e": Chip(918e12, 32 * 2**30, 1.6e12, 100e9),
+    "NVIDIA A100": Chip(312e12, 80 * 2**30, 2.0e12, 0),
+    "NVIDIA H100": Chip(989e12, 80 * 2**30, 3.35e12, 0),
+    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, 0),
 }
 
 

@@ -21,7 +21,7 @@ import tiny
 from eesd_jax.config import DataConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.distill import data, prompt_source, refill, self_generate
-from eesd_jax.distill.refill import Refiller, Request
+from eesd_jax.distill.refill import Refiller, Request, local_mesh
 from eesd_jax.engine import Drafter, Engine
 from eesd_jax.errors import UserError
 from eesd_jax.model import sharding
@@ -456,3 +456,11 @@ def test_mistakes_are_one_line_and_exit_code_2(command, tmp_path):
     assert err.startswith("error: ")
     assert "nowhere/at/all" in err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_open_axis_takes_all_devices():
+    devices = jax.local_device_count()
+    assert devices > 1
+    for model_parallel, tensor in ((-1, devices), (1, 1), (2, 2), (3 * devices, devices), (devices + 1, 1)):
+        mesh = local_mesh(model_parallel)
+        assert (mesh.shape["tensor"], mesh.shape["data"]) == (tensor, devices // tensor)

@@ -4,6 +4,7 @@ Axes: B rows of the global batch; other axes as the arrays have them.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -39,10 +40,15 @@ class Layout(NamedTuple):
         return jax.tree.map(place, tree)
 
 
-def make_layout(config: ExperimentConfig) -> Layout:
-    """What the config asks for, over all devices; raises UserError where it does not match them, or the batch."""
+def make_layout(config: ExperimentConfig, all_devices: Sequence[jax.Device] | None = None) -> Layout:
+    """What the config asks for, over all devices; raises UserError where it does not match them, or the batch.
+
+    Args:
+      all_devices: by default those that there are; `plan.py` gives those of a slice that is not there.
+    """
+    all_devices = jax.devices() if all_devices is None else all_devices
     wanted = {name: getattr(config.mesh, name) for name in sharding.MESH_AXES}
-    devices = jax.device_count()
+    devices = len(all_devices)
     open_axes = [name for name, size in wanted.items() if size == -1]
     fixed = math.prod(size for size in wanted.values() if size != -1)
     text = " x ".join(f"{name} {size}" for name, size in wanted.items())
@@ -61,12 +67,13 @@ def make_layout(config: ExperimentConfig) -> Layout:
             f"{shards}, the mesh's data x fsdp"
         )
     # A process's devices stand together, so that the rows it reads follow each other.
-    mesh = sharding.make_mesh(sorted(jax.devices(), key=_process_first), **wanted)
+    mesh = sharding.make_mesh(sorted(all_devices, key=_process_first), **wanted)
     first, last = _row_shards(mesh, jax.process_index())
-    spans = {_row_shards(mesh, process) for process in range(jax.process_count())}
+    processes = {device.process_index for device in all_devices}
+    spans = {_row_shards(mesh, process) for process in processes}
     if sorted(spans) != [(start, start + last - first) for start in range(0, shards, last - first)]:
         raise UserError(
-            f"mesh is {text} over {jax.process_count()} processes, which would share rows unevenly; "
+            f"mesh is {text} over {len(processes)} processes, which would share rows unevenly; "
             "expected a tensor axis that divides a process's devices, or is a multiple of them"
         )
     return Layout(mesh, first // (last - first), shards // (last - first))

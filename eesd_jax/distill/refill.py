@@ -174,9 +174,13 @@ def _decode(
 
 
 def local_mesh(model_parallel: int = 1) -> Mesh:
-    """A mesh of this process's devices, on which the weights are split over as many of them as divides both their number and this one."""
+    """A mesh of this process's devices, on which the weights are split over as many of them as divides both their number and this one.
+
+    Args:
+      model_parallel: over how many devices; negative: over all.
+    """
     devices = jax.local_devices()
-    tensor = math.gcd(model_parallel, len(devices))
+    tensor = math.gcd(model_parallel, len(devices)) if model_parallel > 0 else len(devices)
     return sharding.make_mesh(devices, data=len(devices) // tensor, tensor=tensor)
 
 

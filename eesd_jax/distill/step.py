@@ -13,10 +13,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eesd_jax.config import LossConfig, ModelConfig, OptimizerConfig
+from eesd_jax.config import ExperimentConfig, LossConfig, ModelConfig, OptimizerConfig
 from eesd_jax.distill import loss as losses
 from eesd_jax.distill import teacher
 from eesd_jax.distill.data import Batch
+from eesd_jax.distill.layout import Layout
 from eesd_jax.distill.teacher import Features, Trunk
 from eesd_jax.model import llama, rope
 from eesd_jax.model.exit_branch import ExitBranch
@@ -64,13 +65,23 @@ class Metrics(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """The static side of a step. online: whether the target runs in it (else features come from a cache)."""
+    """The static side of a step.
+
+    online: whether the target runs in it (else features come from a cache). rows_home: where rows lie, if on a mesh.
+    """
 
     model: ModelConfig
     loss: LossConfig
     optimizer: OptimizerConfig
     steps: int
     online: bool
+    rows_home: NamedSharding | None = None
+
+    @classmethod
+    def of(cls, config: ExperimentConfig, model: ModelConfig, layout: Layout) -> "StepConfig":
+        """The steps of an experiment with that model."""
+        home = layout.rows_home if layout.mesh.size > 1 else None
+        return cls(model, config.loss, config.optimizer, config.steps, not config.cache.enabled, home)
 
     @property
     def schedule(self) -> optax.Schedule:
@@ -137,7 +148,7 @@ def branch_hidden(config: ModelConfig, branch: ExitBranch, hidden_BxTxD: jax.Arr
 
 def compute_features(config: StepConfig, trunk: Trunk, batch: Batch) -> Features:
     """Online features; constants to the gradient."""
-    hidden, last = teacher.hidden_states(config.model, trunk, batch, last=True)
+    hidden, last = teacher.hidden_states(config.model, trunk, batch, last=True, rows_home=config.rows_home)
     return jax.tree.map(jax.lax.stop_gradient, Features(hidden, last, None))
 
 
@@ -212,6 +223,13 @@ def train_step(
         config.schedule(state.step),
     )
     return TrainState(state.step + 1, trained, optimizer), metrics
+
+
+def jit_step(state: TrainState) -> jax.stages.Wrapped:
+    """`train_step`, jitted for states that lie where this one does (arrays, or shapes with shardings); it uses up what it is given."""
+    # The state stays where it is: what XLA would choose might differ from step to step, and a resumed run would compute otherwise.
+    homes = jax.tree.map(lambda leaf: leaf.sharding, state)
+    return jax.jit(train_step, static_argnums=0, donate_argnums=2, out_shardings=(homes, None))
 
 
 class Confidence(NamedTuple):

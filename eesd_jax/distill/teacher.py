@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from eesd_jax.config import ModelConfig
 from eesd_jax.distill.data import Batch, Rows
@@ -55,10 +55,8 @@ def split_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) -> T
         stacked = {}
         for name in blocks[0]:
             leaves = [block[name] for block in blocks]
-            home = leaves[0].sharding
-            spec = PartitionSpec(None, *home.spec) if isinstance(home, NamedSharding) else None
-            placement = home if spec is None else NamedSharding(home.mesh, spec)
-            stacked[name] = jax.jit(_stack, out_shardings=placement)(leaves).block_until_ready()
+            home = stacked_home(leaves[0].sharding)
+            stacked[name] = jax.jit(_stack, out_shardings=home)(leaves).block_until_ready()
             for leaf in leaves:
                 leaf.delete()
         return stacked
@@ -66,6 +64,11 @@ def split_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) -> T
     head = params["embed"] if config.tie_embeddings else params["lm_head"]
     blocks = params["blocks"]
     return Trunk(params["embed"], stack(blocks[:exit_layer]), stack(blocks[exit_layer:]), params["final_norm"], head)
+
+
+def stacked_home(home: Sharding) -> Sharding:
+    """Where blocks lie that were stacked, by where each of them lay: the layers axis is not split."""
+    return NamedSharding(home.mesh, PartitionSpec(None, *home.spec)) if isinstance(home, NamedSharding) else home
 
 
 def _stack(leaves: list[jax.Array]) -> jax.Array:
@@ -87,10 +90,19 @@ def attention_mask(segments_BxT: jax.Array) -> jax.Array:
     return same & llama.causal_mask(segments_BxT.shape[1])
 
 
-def hidden_states(config: ModelConfig, trunk: Trunk, batch: Batch, *, last: bool) -> tuple[jax.Array, jax.Array | None]:
-    """One pass of the target: [B, T, D] behind block N and, if asked for, behind the final norm."""
+def hidden_states(
+    config: ModelConfig, trunk: Trunk, batch: Batch, *, last: bool, rows_home: NamedSharding | None = None
+) -> tuple[jax.Array, jax.Array | None]:
+    """One pass of the target: [B, T, D] behind block N and, if asked for, behind the final norm.
+
+    Args:
+      rows_home: where rows lie. Left to choose, XLA takes the hidden axis of the activations, as that of the embedding is split, runs every
+        row on every chip, and sums whole activations over the chips after each product.
+    """
     mask = attention_mask(batch.segments)
     x = trunk.embed[batch.tokens]
+    if rows_home is not None:
+        x = jax.lax.with_sharding_constraint(x, rows_home)
     hidden = llama.scan_blocks(config, trunk.early, x, batch.positions, mask)
     if not last:
         return hidden, None

@@ -108,7 +108,7 @@ class Run:
         check_against_model(config, model.config)
         self.rows, self.held_out = (data.open_split(config.data, output / "dataset", split, model) for split in ("train", "validation"))
         self.fingerprint = branch_folder.fingerprint(model.params)
-        self.step_config = step.StepConfig(model.config, config.loss, config.optimizer, config.steps, online=not config.cache.enabled)
+        self.step_config = step.StepConfig.of(config, model.config, layout)
         branch = self._new_branch(model)
         self.initial = step.init_state(self.step_config, branch, train_head=config.branch.train_head)
         self.token_flops = step.position_flops(
@@ -217,9 +217,7 @@ class Run:
 
     def compile_step(self) -> Callable[[step.TrainState, Input], tuple[step.TrainState, step.Metrics]]:
         """The jitted step; it uses up the state that it is given."""
-        # The state stays where it is: what XLA would choose might differ from step to step, and a resumed run would compute otherwise.
-        homes = jax.tree.map(lambda leaf: leaf.sharding, self.initial)
-        run_step = jax.jit(step.train_step, static_argnums=0, donate_argnums=2, out_shardings=(homes, None))
+        run_step = step.jit_step(self.initial)
         return lambda state, item: run_step(self.step_config, self.frozen, state, item.batch, item.features)
 
     def _settle(self, pending: _Pending | None, checkpoints: Checkpoints, monitor: Monitor) -> None:
@@ -280,7 +278,7 @@ class Run:
 
     def _features_to_keep(self, trunk: teacher.Trunk, batch: Batch) -> teacher.Features:
         config = self.config
-        hidden, last = teacher.hidden_states(self.model_config, trunk, batch, last=True)
+        hidden, last = teacher.hidden_states(self.model_config, trunk, batch, last=True, rows_home=self.step_config.rows_home)
         top = teacher.top_tokens(trunk, last, config.cache.top_tokens, config.loss.chunk)
         return teacher.Features(hidden, last if config.loss.regression else None, top)
 

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 from eesd_jax.config import ModelConfig
-from eesd_jax.model import cpu_attention, cpu_codes, cpu_rows, rope
+from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows, rope
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.cpu_codes import Codes
 
@@ -48,7 +48,7 @@ def linear(x: jax.Array, weight_OxI: jax.Array, codes: Codes | None = None, **kw
         return cpu_codes.rows_by_codes(rows, codes).reshape(*x.shape[:-1], -1)
     if cpu_rows.usable(rows.shape[0], weight_OxI):
         return cpu_rows.rows_by_matrix(rows, weight_OxI).reshape(*x.shape[:-1], -1)
-    if rows.shape[0] == 1 and jax.default_backend() == "cpu" and weight_OxI.shape[0] % _CPU_SPLITS == 0:
+    if rows.shape[0] == 1 and cpu_calls.possible() and weight_OxI.shape[0] % _CPU_SPLITS == 0:
         # XLA multiplies one row by a matrix on a single core. As a batch of products it uses them all, and reads memory at full speed.
         split_CxOxI = weight_OxI.reshape(_CPU_SPLITS, -1, weight_OxI.shape[1])
         repeated_CxRxI = jnp.broadcast_to(rows, (_CPU_SPLITS, *rows.shape))

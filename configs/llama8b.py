@@ -1,0 +1,56 @@
+"""An exit branch for Llama-3.1-8B-Instruct, from text that it writes itself.
+
+N = 4 of 32 blocks: about an eighth, as in configs/smollm135m.py. No branch has been trained for this model yet, so N, the
+learning rate and the draft vocabulary are starting points.
+
+One host of TPUs or GPUs:
+
+    python train/self_generate.py --config=configs/llama8b.py
+    python train/distill.py --config=configs/llama8b.py
+
+A TPU pod, all workers at once (for both commands), with a folder that all of them see:
+
+    RUN=".venv/bin/python train/distill.py --config=configs/llama8b.py --config.output_dir=gs://BUCKET/llama8b"
+    gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command="cd eesd-jax; $RUN"
+
+GPUs under SLURM, a task a GPU (for both commands):
+
+    RUN="python train/distill.py --config=configs/llama8b.py --config.output_dir=/shared/llama8b"
+    srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 $RUN
+
+Weights lie over 4 chips (mesh.fsdp); further ones take other rows (mesh.data). On fewer, set --config.mesh.fsdp.
+
+Cost: not planned for yet (docs/plan.md). Nothing has been run on a TPU or GPU.
+"""
+
+from ml_collections import ConfigDict
+
+from eesd_jax.experiment import base_config
+
+
+def get_config() -> ConfigDict:
+    config = base_config()
+    config.model = "meta-llama/Llama-3.1-8B-Instruct"
+    config.output_dir = "runs/llama8b"
+    config.dtype = "bfloat16"
+    config.steps = 6000
+    config.batch_size = 16
+    config.mesh.data = -1
+    config.mesh.fsdp = 4
+    config.self_generate.prompts = "self"
+    config.self_generate.num_responses = 300_000
+    config.self_generate.max_prompt_tokens = 512
+    config.self_generate.max_new_tokens = 512
+    config.data.sequence_length = 2048
+    config.branch.exit_layer = 4
+    config.branch.start = "next"
+    config.branch.draft_vocab = 16384
+    config.branch.train_head = True
+    config.branch.save_dtype = "bfloat16"
+    config.loss.chunk = 256
+    config.optimizer.learning_rate = 5e-4
+    config.optimizer.warmup_steps = 200
+    config.evaluation.every = 500
+    config.evaluation.rollouts = 0
+    config.checkpoint.every = 250
+    return config

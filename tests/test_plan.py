@@ -1,0 +1,398 @@
+"""`train/plan.py` and what it is made of: costs read from HLO, memory by kind, and that what is planned is what would run.
+
+All of it on eight virtual CPU devices; compiling for a TPU is one slow test, where libtpu is installed.
+"""
+
+import dataclasses
+import importlib.util
+import io
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from experiments import make_config, write_dataset
+from jax.sharding import NamedSharding, PartitionSpec
+
+from eesd_jax import cli, control, experiment, hlo, plan, slices
+from eesd_jax.config import DecodeConfig, DraftConfig, MeshConfig
+from eesd_jax.decode.controllers import Calibration
+from eesd_jax.distill import layout, trainer
+from eesd_jax.engine import Drafter, Engine
+from eesd_jax.errors import UserError
+from eesd_jax.hardware import Chip
+from eesd_jax.model import exit_branch, sharding
+from eesd_jax.weights import known, load
+
+ROOT = pathlib.Path(__file__).parent.parent
+SCRIPT = ROOT / "train" / "plan.py"
+
+
+def mesh_of_eight() -> jax.sharding.Mesh:
+    return sharding.make_mesh(fsdp=8)
+
+
+def shape_of(shape: tuple[int, ...], *axes: str | None) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32, sharding=NamedSharding(mesh_of_eight(), PartitionSpec(*axes)))
+
+
+def cost_of(function, *arguments, open_trips=(1,), **options) -> hlo.Cost:
+    return hlo.cost(jax.jit(function, **options).lower(*arguments).compile().as_text(), open_trips)
+
+
+def everywhere() -> NamedSharding:
+    return NamedSharding(mesh_of_eight(), PartitionSpec())
+
+
+def test_matrix_products_are_counted_as_often_as_a_loop_runs():
+    x, w = jnp.ones((64, 32)), jnp.ones((5, 32, 32))
+
+    def run(x, w):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, w)[0]
+
+    once = cost_of(lambda x, w: jnp.tanh(x @ w), x, w[0])
+    cost = cost_of(run, x, w)
+    assert once.flops == 2 * 64 * 32 * 32
+    assert cost.flops == 5 * once.flops
+    assert cost.open_loops == 0
+    # Each weight is read once, the state is read and written each time.
+    assert 4 * (5 * 32 * 32 + 5 * 2 * 64 * 32) <= cost.bytes < 3 * 4 * (5 * 32 * 32 + 5 * 2 * 64 * 32)
+
+
+def test_a_loop_that_data_end_is_counted_as_often_as_one_says():
+    def run(x, w):
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e6, lambda x: jnp.tanh(x @ w), x)
+
+    x, w = jnp.ones((64, 32)), jnp.ones((32, 32))
+    once, three = cost_of(run, x, w), cost_of(run, x, w, open_trips=(3,))
+    assert (once.open_loops, three.open_loops) == (1, 1)
+    assert once.flops == 2 * 64 * 32 * 32
+    assert three.flops == 3 * once.flops
+
+
+def test_what_an_all_gather_sends():
+    """Every chip sends its eighth to the seven others."""
+    cost = cost_of(lambda w: w, shape_of((1024, 64), "fsdp"), out_shardings=everywhere())
+    assert cost.collectives == {"all-gather": 7 * 1024 * 64 * 4 / 8}
+
+
+def test_what_an_all_reduce_sends_in_a_loop():
+    """A product whose contracted axis is split leaves every chip a summand of all of it: 2 (n - 1) / n of its size, every time."""
+
+    def run(x, w):
+        return jax.lax.scan(lambda total, _: (total + jnp.tanh(x * total[0, 0]) @ w, None), jnp.zeros((16, 24)), None, length=3)[0]
+
+    cost = cost_of(run, shape_of((16, 64), None, "fsdp"), shape_of((64, 24), "fsdp"), out_shardings=everywhere())
+    assert cost.collectives == {"all-reduce": 3 * 2 * 7 / 8 * 16 * 24 * 4}
+
+
+# As libtpu writes it: a loop over i = 0, 2, 4, 6 whose counter is copied, a product as a convolution over a window of which one place falls
+# on data, chips of a collective as axes of a mesh, one collective in two fusions, memory space 1 (on the chip), and a slice of an array.
+TPU_TEXT = """
+HloModule jit_f, is_scheduled=true
+
+%gather.1 (p.1: bf16[4,8]) -> bf16[16,8] {
+  %p.1 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  ROOT %all-gather.1 = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.1), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}
+}
+
+%gather.2 (p.2: bf16[4,8]) -> bf16[16,8] {
+  %p.2 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} parameter(0)
+  ROOT %all-gather.2 = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} all-gather(%p.2), channel_id=7, replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_0'}
+}
+
+%slice.1 (p.3: bf16[40,4,8], p.4: s32[]) -> bf16[1,4,8] {
+  %p.3 = bf16[40,4,8]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.4 = s32[]{:T(128)S(6)} parameter(1)
+  ROOT %ds = bf16[1,4,8]{2,1,0:T(8,128)(2,1)S(1)} dynamic-slice(%p.3, %p.4, %p.4, %p.4), dynamic_slice_sizes={1,4,8}
+}
+
+%body (arg.1: (s32[], bf16[40,4,8], bf16[4,8])) -> (s32[], bf16[40,4,8], bf16[4,8]) {
+  %arg.1 = (s32[]{:T(128)}, bf16[40,4,8]{2,1,0:T(8,128)(2,1)}, /*index=2*/bf16[4,8]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i.1 = s32[]{:T(128)} get-tuple-element(%arg.1), index=0
+  %copy.1 = s32[]{:T(128)S(6)} copy(%i.1)
+  %two = s32[]{:T(128)S(6)} constant(2)
+  %next = s32[]{:T(128)S(6)} add(%copy.1, %two)
+  %stack = bf16[40,4,8]{2,1,0:T(8,128)(2,1)} get-tuple-element(%arg.1), index=1
+  %mine = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%arg.1), index=2
+  %fusion.1 = bf16[1,4,8]{2,1,0:T(8,128)(2,1)S(1)} fusion(%stack, %copy.1), kind=kLoop, calls=%slice.1
+  %fusion.2 = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} fusion(%mine), kind=kCustom, calls=%gather.1
+  %fusion.3 = bf16[16,8]{1,0:T(8,128)(2,1)S(1)} fusion(%mine), kind=kCustom, calls=%gather.2
+  %left = bf16[2,2048,320,1]{1,2,3,0:T(8,128)(2,1)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %right = bf16[40,128,320,1]{1,2,0,3:T(8,128)(2,1)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %out = bf16[2,2048,40,128]{3,1,2,0:T(8,128)(2,1)S(1)} convolution(%left, %right), window={size=1x40 pad=0_0x39_39 rhs_reversal=0x1}, dim_labels=0bf1_1oi0->0b1f
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[40,4,8]{2,1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}) tuple(%next, %stack, %mine)
+}
+
+%condition (arg.2: (s32[], bf16[40,4,8], bf16[4,8])) -> pred[] {
+  %arg.2 = (s32[]{:T(128)}, bf16[40,4,8]{2,1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}) parameter(0)
+  %i.2 = s32[]{:T(128)} get-tuple-element(%arg.2), index=0
+  %limit = s32[]{:T(128)} constant(8)
+  ROOT %less = pred[]{:T(512)} compare(%i.2, %limit), direction=LT
+}
+
+ENTRY %main (p.5: bf16[40,4,8], p.6: bf16[4,8]) -> bf16[4,8] {
+  %p.5 = bf16[40,4,8]{2,1,0:T(8,128)(2,1)} parameter(0)
+  %p.6 = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} parameter(1)
+  %zero = s32[]{:T(128)} constant(0)
+  %copy.2 = s32[]{:T(128)S(6)} copy(%zero)
+  %tuple.2 = (s32[]{:T(128)}, bf16[40,4,8]{2,1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}) tuple(%copy.2, %p.5, %p.6)
+  %while.1 = (s32[]{:T(128)}, bf16[40,4,8]{2,1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}) while(%tuple.2), condition=%condition, body=%body
+  ROOT %result = bf16[4,8]{1,0:T(8,128)(2,1)S(1)} get-tuple-element(%while.1), index=2
+}
+"""  # noqa: E501
+
+
+def test_what_libtpu_writes():
+    cost = hlo.cost(TPU_TEXT)
+    assert cost.open_loops == 0
+    assert cost.flops == 4 * 2 * (2 * 2048) * (40 * 128) * 320
+    assert cost.collectives == {"all-gather": 4 * 3 * 4 * 8 * 2}
+    # The first constant; then, each time, a slice of the stack, the counter, and what the condition looks at and says.
+    assert cost.bytes == 4 + 4 * (4 * 8 * 2 + 4 + (4 + 4 + 1))
+
+
+# What is planned is what would run ------------------------------------------------------------------------------------------------------
+
+
+def small(tmp_path: pathlib.Path, **changes):
+    config = make_config(str(tmp_path / "dataset"), tmp_path / "run", mesh=MeshConfig(1, 4, 2), batch_size=8, dtype="float32")
+    return dataclasses.replace(config, **changes)
+
+
+def places(tree) -> list:
+    """Shape, dtype and home of every array."""
+    return [(leaf.shape, leaf.dtype, leaf.sharding.devices_indices_map(leaf.shape)) for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.mark.parametrize(("draft_vocab", "train_head"), [(0, False), (56, True)])
+def test_the_step_is_the_trainers(tmp_path, draft_vocab, train_head):
+    """Every argument has the shape, dtype and place that a run gives it, and the program is the run's."""
+    config = small(tmp_path)
+    config = dataclasses.replace(config, branch=dataclasses.replace(config.branch, draft_vocab=draft_vocab, train_head=train_head))
+    write_dataset(tmp_path / "dataset")
+    planned = plan.compile_distill(config, known.find_config("tiny"), jax.devices())
+    where = layout.make_layout(config)
+    with trainer.cpu_calls.on_mesh(True):
+        run = trainer.Run(config, tmp_path, where, load.load_model("tiny", jnp.float32, where.mesh))
+        item = next(run.read_ahead(run.new_loader(), None, 1))
+        real = trainer.step.jit_step(run.initial).lower(run.step_config, run.frozen, run.initial, item.batch, item.features)
+    frozen, state, batch, _ = planned.arguments
+    assert places(frozen) == places(run.frozen)
+    assert places(state) == places(run.initial)
+    assert places(batch) == places(item.batch)
+    assert planned.tokens == item.batch.tokens.size
+    assert hlo.cost(planned.compiled.as_text()) == hlo.cost(real.compile().as_text())
+
+
+def test_memory_by_kind_is_what_xla_is_given(tmp_path):
+    """With neither shared nor unused arrays (but for the rows' numbers), kinds add up to the arguments; the checkpoint is a copy."""
+    config = small(tmp_path)
+    config = dataclasses.replace(config, branch=dataclasses.replace(config.branch, draft_vocab=56))
+    program = plan.compile_distill(config, known.find_config("tiny"), jax.devices())
+    stats, needs = program.compiled.memory_analysis(), plan.memory(program)
+    numbers_of_rows = 4 * config.batch_size // 4  # int32, over data x fsdp
+    copy = needs.held["copy for the checkpoint"]
+    assert sum(needs.held.values()) - copy - numbers_of_rows == stats.argument_size_in_bytes
+    assert copy == needs.held["trained branch"] + needs.held["optimizer state"]
+    assert needs.total == sum(needs.held.values()) + stats.temp_size_in_bytes + needs.output + needs.code
+    assert needs.output < copy / 10  # the new state takes the old one's place
+
+
+def test_rows_stay_apart(tmp_path):
+    """Weights are gathered, activations are not summed: what the chips send does not grow with the rows."""
+
+    def sent(batch_size: int) -> float:
+        config = small(tmp_path, mesh=MeshConfig(1, 8, 1), batch_size=batch_size)
+        program = plan.compile_distill(config, known.find_config("tiny"), jax.devices())
+        return sum(hlo.cost(program.compiled.as_text()).collectives.values())
+
+    assert sent(64) < 1.5 * sent(8)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    mesh = sharding.make_mesh(tensor=8)
+    model = load.load_model("tiny", jnp.float32, mesh)
+    branch = exit_branch.init_exit_branch(model.config, model.params, 2, "next")
+    homes = exit_branch.exit_branch_shardings(model.config, branch.draft_ids.size, mesh)
+    branch = jax.tree.map(jax.device_put, branch, homes)
+    return Engine(model, DecodeConfig(), Drafter(branch, DraftConfig(2, 3), Calibration(), trained=False))
+
+
+def test_decode_programs_are_the_engines(engine, tmp_path):
+    shape = plan.DecodeShape(2, 9, 20, 3, control.parse_controller("beta", 3))
+    config = small(tmp_path)
+    prefill, plain, eesd_round = plan.compile_decode(config, engine.model.config, jax.devices(), shape)
+    assert [prefill.name, plain.name, eesd_round.name] == ["prefill", "plain step", "EESD round"]
+    prompts, controller = [list(range(9))] * 2, engine.controller("beta")
+    for program, chosen, place in ((plain, None, 4), (eesd_round, controller, 7)):
+        state = engine.prefill(prompts, [0, 1], 2, 20, chosen)
+        assert places(program.arguments[place]) == places(state)
+    assert places(eesd_round.arguments[4]) == places(engine.params)
+    assert places(eesd_round.arguments[5]) == places(engine.branch)
+    # A round verifies and drafts in a loop, so each further draft costs the blocks that draft.
+    costs = [hlo.cost(eesd_round.compiled.as_text(), (1, drafts)) for drafts in (1, 2, 3)]
+    assert costs[1].flops - costs[0].flops == costs[2].flops - costs[1].flops > 0
+    assert costs[0].flops > hlo.cost(plain.compiled.as_text()).flops
+
+
+# Models, slices, and the command --------------------------------------------------------------------------------------------------------
+
+
+def test_shapes_need_no_weights(tmp_path):
+    config = known.find_config("meta-llama/Llama-3.1-70B-Instruct")
+    assert (config.num_layers, config.head_dim, config.rope.kind) == (80, 128, "llama3")
+    # A folder is read, whatever it is called.
+    (tmp_path / "config.json").write_text(json.dumps(known.CONFIGS["meta-llama/Llama-2-13b-chat-hf"] | {"num_hidden_layers": 3}))
+    assert known.find_config(str(tmp_path)).num_layers == 3
+    with pytest.raises(UserError, match="nobody/nothing"):
+        known.find_config("nobody/nothing")
+
+
+@pytest.mark.parametrize(("name", "count"), [("llama8b", 8.03e9), ("llama13b", 13.02e9), ("llama70b", 70.55e9)])
+def test_configs_are_of_the_models_that_they_name(name, count):
+    """They can be read, fit their model, and the model has the weights that its name says."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        config = experiment.to_dataclass(importlib.import_module(f"configs.{name}").get_config(), name)
+    finally:
+        sys.path.remove(str(ROOT))
+    model = known.find_config(config.model)
+    plan.check_against_model(config, model)
+    params = plan.abstract_params(model, jnp.dtype(config.dtype), sharding.make_mesh())
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(count, rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("topology", "links"), [("v6e:1x1", 0), ("v5p:2x2x1", 2), ("v6e:2x4", 2), ("v5e:16x16", 4), ("v5p:2x2x4", 3), ("v5p:4x4x8", 6)]
+)
+def test_links_of_a_chip(topology, links):
+    assert slices.links_of(slices.parse_topology(topology)) == links
+
+
+class Result(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Stream(io.TextIOWrapper):
+    """stdout or stderr in memory."""
+
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
+
+    def content(self) -> str:
+        return self.buffer.getvalue().decode()
+
+
+@pytest.fixture(scope="module")
+def command():
+    spec = importlib.util.spec_from_file_location("plan_command", SCRIPT)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    yield module
+    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
+        delattr(flags.FLAGS, flag.name)
+    forget_config_flags()
+    del sys.modules[spec.name]
+
+
+def forget_config_flags() -> None:
+    for name in [name for name in flags.FLAGS if name.split(".")[0] == "config"]:
+        delattr(flags.FLAGS, name)
+
+
+@pytest.fixture
+def run(command, monkeypatch):
+    """Runs the command in this process, on a slice of these eight devices with chips of a given memory."""
+
+    def run(*arguments: str, memory: float | None = 2**30, config: str = "tiny") -> Result:
+        forget_config_flags()  # every run defines its own, one a field
+        for name in flags.FLAGS:
+            flags.FLAGS[name].unparse()
+        out, err = Stream(), Stream()
+        with monkeypatch.context() as patch:
+            experiment.define_config_flag()
+            for name in command.ENVIRONMENT:
+                patch.setenv(name, os.environ.get(name, ""))  # so that they are taken back
+            if memory is not None:
+                patch.setattr(slices, "find_slice", lambda name: slices.Slice(jax.devices(), Chip(1e12, memory, 1e11, 1e10), 2))
+            patch.setattr(sys, "argv", ["plan.py", f"--config={ROOT}/configs/{config}.py", *arguments])
+            for name, stream in (("stdout", out), ("stderr", err)):
+                patch.setattr(sys, name, stream)
+            with pytest.raises(SystemExit) as end:
+                cli.run(command.main)
+        return Result(end.value.code or 0, out.content(), err.content())
+
+    return run
+
+
+def test_the_table(run):
+    result = run("--topology=v5e:2x4", "--what=all", "--tokens=1e9", "--prompt_tokens=9", "--max_new_tokens=20", "--max_draft=2")
+    assert (result.code, result.err) == (0, "")
+    for text in ("distill step", "prefill", "plain step", "EESD round", "weights, GiB a chip", "all-reduce, GB a chip", "1,000 M tokens"):
+        assert text in result.out
+
+
+def test_what_does_not_fit(run):
+    result = run("--topology=v5e:2x4", memory=2**20)
+    assert result.code == 1
+    assert "of 0.00" in result.out
+    assert result.err.count("\n") == 1
+    assert "distill step needs" in result.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--topology=v5p:2x2"], ["'v5p:2x2'", "expected", "v5p:AxBxC"]),
+        (["--topology=h100:8"], ["'h100:8'", "expected"]),
+        ([], ["--topology is missing"]),
+        (["--topology=v5e:2x2", "--max_draft=0"], ["--max_draft is 0"]),
+        (["--topology=v5e:2x2", "--controller=cost_aware"], ["'cost_aware'", "expected"]),
+        (["--topology=v5e:2x2", "--what=nothing"], ["'nothing'", "distill"]),
+        (["--topology=v5e:2x2", "--tokens=0"], ["--tokens is 0"]),
+    ],
+)
+def test_mistakes(run, arguments, named):
+    assert_refused(run(*arguments, memory=None), *named)
+
+
+def test_without_libtpu(run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find_spec(name, *rest))
+    assert_refused(run("--topology=v5e:2x2", memory=None), "libtpu", "pip install")
+
+
+def test_a_mesh_of_another_size(run):
+    assert_refused(run("--topology=v5e:2x4", "--config.mesh.fsdp=3"), "fsdp 3", "8")
+
+
+def assert_refused(result: Result, *named: str) -> None:
+    """One line on stderr, which says all of `named`, exit code 2, nothing on stdout."""
+    assert (result.code, result.out) == (2, ""), result
+    assert result.err.startswith("error: ")
+    assert result.err.count("\n") == 1
+    for text in named:
+        assert text in result.err
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_for_a_tpu():
+    arguments = ["--topology=v5e:2x2", "--what=all", "--prompt_tokens=9", "--max_new_tokens=20"]
+    command = [sys.executable, str(SCRIPT), f"--config={ROOT}/configs/tiny.py", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert (result.returncode, result.stderr) == (0, "")
+    for name in ("of 16.00", "distill step", "prefill", "plain step", "EESD round"):
+        assert name in result.stdout
