@@ -13,18 +13,16 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
-from matplotlib import rc_context
-from matplotlib.figure import Figure
 
-from eesd_jax import cli
+from eesd_jax import cli, plots
 from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DraftConfig
-from eesd_jax.control import PLAIN
+from eesd_jax.control import PLAIN, WITHOUT_BRANCH
 from eesd_jax.errors import UserError
-from eesd_jax.report import ALL, table
+from eesd_jax.report import ALL, figure, model_and_machine, table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("prompts", None, "Files of prompts, each with a part of its own in the report.")
@@ -42,7 +40,6 @@ flags.DEFINE_list("training", [], "Training runs for the last part, LABEL=FOLDER
 flags.DEFINE_boolean("run", True, "Do what is not done yet.")
 
 BENCHMARK = pathlib.Path(__file__).parent.parent / "infer" / "benchmark.py"
-WITHOUT_BRANCH = ("fixed", "cost_aware")
 
 
 class Cell(NamedTuple):
@@ -107,10 +104,6 @@ def of_all(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {row["controller"]: row for row in results["rows"] if row["category"] == ALL}
 
 
-def figure(value: float | None, form: str = ".2f") -> str:
-    return "-" if value is None else format(value, form)
-
-
 def headline(found: dict[Cell, dict[str, Any]]) -> str:
     """The default controller in every setting."""
     header = ("T", "batch", "drafts from", "plain, tokens/s", "tokens/s", "speed-up", "scored", "tokens/round", "acceptance", "identical")
@@ -151,37 +144,13 @@ def is_fixed(name: str) -> bool:
     return name == PLAIN or name.startswith("fixed:")
 
 
-def plot_batches(found: dict[Cell, dict[str, Any]]) -> Figure:
-    """Speed-up of the default controller against the batch size."""
-    plot = Figure((8.0, 4.5), layout="constrained")
-    axes = plot.add_subplot()
-    axes.set(title=f"{DEFAULT_CONTROLLER} over plain decoding", xlabel="batch size", ylabel="times as fast", xscale="log")
-    for temperature, arms in dict.fromkeys((cell.temperature, cell.arms) for cell in found):
-        rows = [of_all(results) for cell, results in found.items() if (cell.temperature, cell.arms) == (temperature, arms)]
-        points = sorted((row[DEFAULT_CONTROLLER]["batch_size"], row[DEFAULT_CONTROLLER]["speedup"]) for row in rows)
-        axes.plot(*zip(*points, strict=True), "o-", label=f"T = {temperature}, {arms}")
-    return finish(plot, axes, sorted({int(cell.batch_size) for cell in found}))
-
-
-def plot_training(runs: dict[str, dict[str, Any]]) -> Figure:
-    """Held-out agreement against response tokens seen."""
-    plot = Figure((8.0, 4.5), layout="constrained")
-    axes = plot.add_subplot()
-    axes.set(title="Agreement on held-out text", xlabel="positions trained on", ylabel="same best token", xscale="log")
-    for label, run in runs.items():
-        axes.plot(run["positions"], run["agreement"], "o-", label=label)
-    return finish(plot, axes, None)
-
-
-def finish(plot: Figure, axes: Any, ticks: Sequence[int] | None) -> Figure:
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", color="#dddddd", linewidth=0.8)
-    if ticks:
-        axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.minorticks_off()
-        axes.axhline(1, color="black", linewidth=1, linestyle="--")
-    plot.legend(loc="outside right upper", frameon=False)
-    return plot
+def speeds_by_batch(found: dict[Cell, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """Speed-up of the default controller by batch size, for each temperature and source of drafts."""
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for cell, results in sorted(found.items(), key=lambda entry: int(entry[0].batch_size)):
+        point = int(cell.batch_size), of_all(results)[DEFAULT_CONTROLLER]["speedup"]
+        lines.setdefault(f"T = {cell.temperature}, {cell.arms}", []).append(point)
+    return lines
 
 
 def read_training(label: str, folder: pathlib.Path) -> dict[str, Any]:
@@ -217,40 +186,40 @@ def training_table(runs: dict[str, dict[str, Any]]) -> str:
 def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> None:
     """The document and its plots."""
     document = pathlib.Path(FLAGS.report).expanduser()
-    plots: dict[str, Figure] = {}
-    sections = ["# Report", *introduction(found)]
+    images: dict[str, str] = {}
+    sections = ["# Report"]
+    if found:
+        sections.append(introduction(next(iter(found.values()))))
     for prompts, cells in itertools.groupby(found, key=lambda cell: cell.prompts):
         part = {cell: found[cell] for cell in cells}
         stem = pathlib.Path(prompts).stem
-        plots[f"{stem}_batches"] = plot_batches(part)
+        images[f"{stem}_batches.svg"] = plots.batches(speeds_by_batch(part), f"{DEFAULT_CONTROLLER} over plain decoding, {stem}")
         sections += [f"## {stem}", f"### {DEFAULT_CONTROLLER}, the default", headline(part)]
         sections += [f"![Speed-up against batch size]({document.stem}/{stem}_batches.svg)"]
         sections += ["### Speed-up by category", by_category(part, "speedup")]
         sections += ["### Tokens per round by category", by_category(part, "tokens_per_round")]
         sections += ["### Controllers, by their scores, relative to the best fixed length", against_fixed(part)]
     if runs:
-        plots["training"] = plot_training(runs)
+        curves = {label: list(zip(run["positions"], run["agreement"], strict=True)) for label, run in runs.items()}
+        images["training.svg"] = plots.learning(curves)
         sections += ["## Training", training_table(runs), f"![Agreement against training]({document.stem}/training.svg)"]
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
-    with rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):  # the same bytes every time
-        for name, plot in plots.items():
-            with cli.whole_file(folder / f"{name}.svg") as file:
-                plot.savefig(file, format="svg", metadata={"Date": None})
+    for name, image in images.items():
+        with cli.whole_file(folder / name) as file:
+            file.write(image)
     with cli.whole_file(document) as file:
         file.write("\n\n".join(sections) + "\n")
 
 
-def introduction(found: dict[Cell, dict[str, Any]]) -> Iterable[str]:
+def introduction(results: dict[str, Any]) -> str:
     """On what and of what."""
-    for results in list(found.values())[:1]:
-        machine, settings = results["machine"], results["settings"]
-        yield (
-            f"Model {results['model']}, {machine['dtype']}, on {machine['devices']} x {machine['device']} ({machine['cpu']}, "
-            f"{machine['cores']} cores), jax {machine['jax']}; at most {settings['max_new_tokens']} new tokens and {settings['max_draft']} "
-            "drafts in a round. Every answer is interleaved with plain decoding's. Scored: the logged rounds priced with the measured cost "
-            "of a round. Made by `benchmarks/report.py`."
-        )
+    settings = results["settings"]
+    return (
+        f"{model_and_machine(results)}; at most {settings['max_new_tokens']} new tokens and {settings['max_draft']} drafts in a round. "
+        "Every answer is interleaved with plain decoding's. Scored: the logged rounds priced with the measured cost of a round. Made by "
+        "`benchmarks/report.py`."
+    )
 
 
 def main(argv: Sequence[str]) -> None:

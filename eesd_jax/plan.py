@@ -263,10 +263,10 @@ def times(cost: hlo.Cost, where: Slice) -> Times:
     return Times(cost.flops / chip.flops, cost.bytes / chip.bandwidth, traffic / links if traffic else 0.0)
 
 
-def find_problem(program: Program, where: Slice) -> list[str]:
+def find_problem(program: Program, where: Slice) -> str | None:
     """One line, where what the process holds beside the program's own leaves it no room."""
     needed, there = memory(program).total, where.chip.memory
-    return [] if needed <= there else [f"{program.name} needs {_gib(needed)} GiB of a chip's memory, which is {_gib(there)} GiB"]
+    return f"{program.name} needs {_gib(needed)} GiB of a chip's memory, which is {_gib(there)} GiB" if needed > there else None
 
 
 def describe(program: Program, where: Slice, tokens: float) -> dict[str, str]:

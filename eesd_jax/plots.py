@@ -1,10 +1,11 @@
-"""Plots of a benchmark (where it was faster, what was accepted, what the controllers did on one prompt) and of a training run."""
+"""Plots of a benchmark (where it was faster, what was accepted, what controllers did on one prompt), of several, and of training runs."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -61,6 +62,41 @@ def training(records: Sequence[dict[str, Any]]) -> bytes:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     figure.suptitle("on training text (pale) and on held-out text (dots)", fontsize="medium")
     return _png(figure)
+
+
+def batches(lines: dict[str, Sequence[tuple[int, float]]], title: str) -> str:
+    """SVG of speed-ups against batch sizes, a line for each label."""
+    figure, axes = _axes(title, "batch size", "times as fast")
+    _draw_lines(axes, lines)
+    sizes = sorted({size for points in lines.values() for size, _ in points})
+    axes.set(xscale="log")
+    axes.set_xticks(sizes, [str(size) for size in sizes])
+    axes.minorticks_off()
+    axes.axhline(1, color="black", linewidth=1, linestyle="--")
+    _legend(figure, axes)
+    return _svg(figure)
+
+
+def learning(lines: dict[str, Sequence[tuple[int, float]]]) -> str:
+    """SVG of agreement on held-out text against positions trained on, a line for each training run."""
+    figure, axes = _axes("Agreement on held-out text", "positions trained on", "same best token")
+    _draw_lines(axes, lines)
+    axes.set(xscale="log")
+    _legend(figure, axes)
+    return _svg(figure)
+
+
+def _draw_lines(axes: Axes, lines: dict[str, Sequence[tuple[int, float]]]) -> None:
+    for i, (label, points) in enumerate(lines.items()):
+        axes.plot(*zip(*points, strict=True), "o-", color=_COLOURS[i % len(_COLOURS)], label=label)
+
+
+def _svg(figure: Figure) -> str:
+    """The same text every time."""
+    buffer = io.StringIO()
+    with rc_context({"svg.hashsalt": "eesd-jax", "svg.fonttype": "none"}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue()
 
 
 def _png(figure: Figure) -> bytes:

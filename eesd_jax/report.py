@@ -146,11 +146,10 @@ def to_text(results: dict[str, Any]) -> str:
 
 def to_markdown(results: dict[str, Any]) -> str:
     """`table.md`: all prompts, then speed-ups and tokens per round by category, then where greedy answers differ from plain decoding's."""
-    machine, settings = results["machine"], results["settings"]
+    settings = results["settings"]
     sections = [
         "# Benchmark",
-        f"Model {results['model']}, {machine['dtype']}, on {machine['devices']} x {machine['device']} ({machine['cpu']}, "
-        f"{machine['cores']} cores), jax {machine['jax']}. Temperature {settings['temperature']:g}, batch size {settings['batch_size']}, "
+        f"{model_and_machine(results)}. Temperature {settings['temperature']:g}, batch size {settings['batch_size']}, "
         f"{settings['max_new_tokens']} new tokens at most, {settings['conversations']} conversations of {settings['prompts']}.",
         *results["notes"],
         "## All prompts",
@@ -166,6 +165,15 @@ def to_markdown(results: dict[str, Any]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def model_and_machine(results: dict[str, Any]) -> str:
+    """The beginning of a sentence that says what ran on what."""
+    machine = results["machine"]
+    return (
+        f"Model {results['model']}, {machine['dtype']}, on {machine['devices']} x {machine['device']} ({machine['cpu']}, "
+        f"{machine['cores']} cores), jax {machine['jax']}"
+    )
+
+
 def summary(rows: Iterable[dict[str, Any]]) -> str:
     """The table of all prompts together."""
     header = ("controller", "arms", "tokens/s", "speed-up", "scored", "clairvoyant", "tokens/round", "acceptance", "draft length")
@@ -176,7 +184,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
             same = row["identical"] is not None
             counts = f"{row['identical']} / {row['excused']} / {row['different']}" if same else "-"
             fields = ("speedup", "scored_speedup", "clairvoyant_speedup", "tokens_per_round", "acceptance_rate", "mean_draft_length")
-            figures = (_figure(row[field]) for field in fields)
+            figures = (figure(row[field]) for field in fields)
             lines.append((row["controller"], row["arms"], f"{row['tokens_per_second']:.1f}", *figures, counts))
     return table(header, lines)
 
@@ -184,7 +192,7 @@ def summary(rows: Iterable[dict[str, Any]]) -> str:
 def _by_category(rows: Sequence[dict[str, Any]], categories: Sequence[str], field: str) -> str:
     values = {(row["controller"], row["category"]): row[field] for row in rows}
     names = dict.fromkeys(row["controller"] for row in rows)
-    return table(("controller", *categories), [(name, *(_figure(values[name, category]) for category in categories)) for name in names])
+    return table(("controller", *categories), [(name, *(figure(values[name, category]) for category in categories)) for name in names])
 
 
 def _divergences(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]) -> str:
@@ -208,8 +216,9 @@ def _divergences(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
     return f"{gaps}\n\n{_EXCUSED}\n\n{table(header, lines)}{shown}"
 
 
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
+def figure(value: float | None, form: str = ".2f") -> str:
+    """A number for a table; a dash where there is none."""
+    return "-" if value is None else format(value, form)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

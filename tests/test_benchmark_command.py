@@ -4,14 +4,12 @@ The command runs in this process on a tiny model, with one controller beside pla
 """
 
 import dataclasses
-import importlib.util
 import json
 import os
 import pathlib
-import sys
 import time
-from typing import NamedTuple
 
+import commands
 import compiled
 import jax
 import jax.numpy as jnp
@@ -29,7 +27,6 @@ from eesd_jax.model import llama
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.prompts import Conversation
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "infer" / "benchmark.py"
 COSTS = journal.Costs(1.0, (1.1, 1.5, 2.0))
 RECORDS = [
     {"id": "first", "category": "writing", "turns": ["hello fox", "there"]},
@@ -43,24 +40,10 @@ FILES += [f"{name}.png" for name in ("accepted_lengths", "acceptance_by_position
 RUNS = 5 * 2  # five turns, two controllers
 
 
-class Result(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture(scope="module")
 def command():
-    """The command's module; its flags are taken away afterwards, so that other commands can define theirs."""
-    spec = importlib.util.spec_from_file_location("benchmark_command", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
-        delattr(flags.FLAGS, flag.name)
-    del sys.modules[spec.name]
+    with commands.loaded("infer/benchmark.py") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +61,7 @@ def engine(drafter) -> Engine:
 
 
 @pytest.fixture
-def run(command, drafter, monkeypatch, tmp_path, capsys):
+def run(command, drafter, monkeypatch, tmp_path):
     """Runs the command in this process, in a folder of its own, on the tiny model."""
     monkeypatch.chdir(tmp_path)
     pathlib.Path("prompts.jsonl").write_text("".join(json.dumps(record) + "\n" for record in RECORDS))
@@ -86,17 +69,11 @@ def run(command, drafter, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(cli, "load_from_flags", lambda: Engine(model, DecodeConfig(max_new_tokens=flags.FLAGS.max_new_tokens), branch))
     monkeypatch.setattr(benchmark, "measure_costs", lambda engine, batch: COSTS)
 
-    def run(*arguments: str) -> Result:
-        for name in flags.FLAGS:
-            flags.FLAGS[name].unparse()
+    def run(*arguments: str) -> commands.Result:
         given = dict(argument.split("=", 1) for argument in arguments)
         usual = {"--model": "tiny", "--exit_branch": "given", "--prompts": "prompts.jsonl", "--limit": "4", "--controllers": "fixed:2"}
         usual |= {"--max_new_tokens": "12", "--output_dir": "out"}
-        monkeypatch.setattr(sys, "argv", ["benchmark.py", *(f"{name}={value}" for name, value in (usual | given).items() if value)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            cli.run(command.main)
-        return Result(end.value.code or 0, *capsys.readouterr())
+        return commands.run(command, *(f"{name}={value}" for name, value in (usual | given).items() if value))
 
     return run
 

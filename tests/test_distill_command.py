@@ -3,26 +3,20 @@
 The command runs in this process, on its eight devices; `test_distill_processes.py` starts it for real.
 """
 
-import importlib.util
-import io
+import functools
 import json
 import os
 import pathlib
 import shutil
-import sys
-import warnings
-from typing import NamedTuple
 
+import commands
 import jax
 import numpy as np
 import pytest
-from absl import flags
 from experiments import write_dataset
 
-from eesd_jax import cli, experiment
 from eesd_jax.weights import branch_folder, tiny
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "train" / "distill.py"
 CONFIG = """
 from eesd_jax.experiment import base_config
 
@@ -43,24 +37,6 @@ def get_config():
 BASE = "from eesd_jax.experiment import base_config\n\ndef get_config():\n    config = base_config()\n    {}\n    return config\n"
 
 
-class Result(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Stream(io.TextIOWrapper):
-    """stdout or stderr in memory."""
-
-    def __init__(self):
-        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
-
-    def content(self) -> str:
-        return self.buffer.getvalue().decode()
-
-
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> str:
     return write_dataset(tmp_path_factory.mktemp("data") / "dataset")
@@ -68,25 +44,9 @@ def dataset(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The command's module; its flags are taken away afterwards, so that other commands can define theirs."""
-    spec = importlib.util.spec_from_file_location("distill_command", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, commands.loaded("train/distill.py") as module:
         patch.setenv("EESD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        settings = {name: getattr(jax.config, name) for name in ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")}
         yield module
-        for name, value in settings.items():
-            jax.config.update(name, value)
-    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
-        delattr(flags.FLAGS, flag.name)
-    forget_config_flags()
-    del sys.modules[spec.name]
-
-
-def forget_config_flags() -> None:
-    for name in [name for name in flags.FLAGS if name.split(".")[0] == "config"]:
-        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture
@@ -94,34 +54,12 @@ def run(command, dataset, monkeypatch, tmp_path):
     """Runs the command in this process, in a folder that holds nothing but `config.py`."""
     monkeypatch.chdir(tmp_path)
     pathlib.Path("config.py").write_text(CONFIG.format(dataset=dataset))
-
-    def run(*arguments: str) -> Result:
-        forget_config_flags()  # every run defines its own, one a field
-        for name in flags.FLAGS:
-            flags.FLAGS[name].unparse()
-        out, err = Stream(), Stream()
-        with monkeypatch.context() as patch:
-            experiment.define_config_flag()
-            patch.setattr(warnings, "showwarning", warnings.showwarning)
-            patch.setattr(sys, "argv", ["distill.py", *arguments])
-            for name, stream in (("stdout", out), ("stderr", err)):
-                patch.setattr(sys, name, stream)
-            with pytest.raises(SystemExit) as end:
-                cli.run(command.main)
-        return Result(end.value.code or 0, out.content(), err.content())
-
-    return run
+    return functools.partial(commands.run, command)
 
 
-def assert_refused(result: Result, *named: str, left: tuple[str, ...] = ("config.py",)) -> None:
-    """One line on stderr, which says all of `named`, exit code 2, nothing on stdout, and no files but those."""
-    assert result.code == 2, result
-    assert result.out == ""
-    assert result.err.startswith("error: ")
-    assert result.err.endswith("\n")
-    assert result.err.count("\n") == 1, result.err
-    for text in named:
-        assert text in result.err
+def assert_refused(result: commands.Result, *named: str, left: tuple[str, ...] = ("config.py",)) -> None:
+    """As `commands.assert_refused`, and no files are there but those."""
+    commands.assert_refused(result, *named)
     assert tuple(sorted(os.listdir())) == left
 
 

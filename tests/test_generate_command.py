@@ -4,8 +4,7 @@ Most cases run the command in this process, a few as a process of its own, in a 
 """
 
 import dataclasses
-import importlib.util
-import io
+import functools
 import json
 import os
 import pathlib
@@ -16,19 +15,18 @@ import subprocess
 import sys
 import threading
 import time
-from typing import NamedTuple
 
-import jax
+import commands
 import pytest
 import tiny
-from absl import flags
+from commands import Result, assert_refused
 
-from eesd_jax import cli, engine
+from eesd_jax import engine
 from eesd_jax.engine import Engine
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights.branch_folder import describe, save_branch
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "infer" / "generate.py"
+SCRIPT = commands.ROOT / "infer" / "generate.py"
 FIELDS = [
     *("id", "turn", "prompt", "text", "token_ids", "new_tokens"),
     *("rounds", "drafted", "accepted", "tokens_per_round", "seconds", "finish_reason"),
@@ -37,62 +35,18 @@ CONTEXT = tiny.hf_config()["max_position_embeddings"]
 PROMPTS = ("hello", "the quick brown fox jumps", "a", "12 345\nlazy dog", "there: don't", "日本")
 
 
-class Result(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Stream(io.TextIOWrapper):
-    """stdin, stdout or stderr in memory, which may say that it is a terminal."""
-
-    def __init__(self, content: str = "", in_terminal: bool = False):
-        super().__init__(io.BytesIO(content.encode("utf-8", "surrogateescape")), encoding="utf-8", write_through=True)
-        self._in_terminal = in_terminal
-
-    def isatty(self) -> bool:
-        return self._in_terminal
-
-    def content(self) -> str:
-        return self.buffer.getvalue().decode()
-
-
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    """The command's module; its flags are taken away afterwards, so that other commands can define theirs."""
-    spec = importlib.util.spec_from_file_location("generate_command", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, commands.loaded("infer/generate.py") as module:
         patch.setenv("EESD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        cache_dir = jax.config.jax_compilation_cache_dir
         yield module
-        jax.config.update("jax_compilation_cache_dir", cache_dir)
-    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
-        delattr(flags.FLAGS, flag.name)
-    del sys.modules[spec.name]
 
 
 @pytest.fixture
 def run(command, monkeypatch, tmp_path):
     """Runs the command in this process, in an empty folder; as if with --exit_branch=none, which warns of nothing, and without lookup."""
     monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, stdin: str = "", terminals: str = "") -> Result:
-        for name in flags.FLAGS:
-            flags.FLAGS[name].unparse()
-        out, err = Stream(in_terminal="out" in terminals), Stream(in_terminal="err" in terminals)
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["generate.py", "--exit_branch=none", "--arms=exit", *arguments])
-            for name, stream in (("stdin", Stream(stdin)), ("stdout", out), ("stderr", err)):
-                patch.setattr(sys, name, stream)
-            with pytest.raises(SystemExit) as end:
-                cli.run(command.main)
-        return Result(end.value.code or 0, out.content(), err.content())
-
-    return run
+    return functools.partial(commands.run, command, "--exit_branch=none", "--arms=exit")
 
 
 @pytest.fixture(scope="module")
@@ -124,17 +78,6 @@ def read_output(text: str) -> list[dict]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def assert_refused(result: Result, *named: str) -> None:
-    """One line on stderr, which says all of `named`, exit code 2, and nothing on stdout."""
-    assert result.code == 2, result
-    assert result.out == ""
-    assert result.err.startswith("error: ")
-    assert result.err.endswith("\n")
-    assert result.err.count("\n") == 1, result.err
-    for text in named:
-        assert text in result.err
-
-
 # What is wrong without a look at the model -------------------------------------------------------------------------------------------
 
 
@@ -163,6 +106,12 @@ def assert_refused(result: Result, *named: str) -> None:
             ["--compare", "--exit_branch=auto", "--controller=plain"],
             ["--compare is given with --controller=plain", "expected a controller"],
         ),
+        (["--mesh=tensor"], ["--mesh is 'tensor'", "expected AXIS:SIZE", "tensor:4"]),
+        (["--mesh=tensor:0"], ["--mesh is 'tensor:0'", "expected AXIS:SIZE"]),
+        (["--mesh=tensor:2,tensor:2"], ["--mesh is 'tensor:2,tensor:2'", "at most once"]),
+        (["--mesh=pipeline:2"], ["--mesh is 'pipeline:2'", "each of data, fsdp, tensor"]),
+        (["--mesh=data:2"], ["--batch_size is 1", "expected a multiple of 2"]),
+        (["--mesh=tensor:9", "--model=tiny", "--controller=plain"], ["a mesh of 1 x 1 x 9 needs 9 devices; there are 8"]),
         (["--stop="], ["--stop is ''", "expected some text"]),
         (["--top_k=abc"], ["--top_k is 'abc'", "expected an integer"]),
         (["--top_k=1.5"], ["--top_k is '1.5'", "expected an integer"]),
@@ -350,6 +299,17 @@ def test_sampled_records_draw_with_their_own_seed(run, models):
 def test_a_folder_and_a_gguf_file_of_one_model_answer_alike(run, models):
     answers = [run(f"--model={models[name]}", "--prompt=hello fox", "--max_new_tokens=20").out for name in ("folder", "whole")]
     assert answers[0] == answers[1] != ""
+
+
+def test_a_mesh_changes_nothing(run, models):
+    arguments = [
+        f"--model={models['whole']}",
+        "--max_new_tokens=8",
+        f"--prompts={write_prompts([{'prompt': prompt} for prompt in PROMPTS[:4]])}",
+        "--batch_size=4",
+    ]
+    one, many = (read_output(run(*arguments, *mesh).out) for mesh in ([], ["--mesh=data:2,tensor:2"]))
+    assert [line | {"seconds": 0} for line in one] == [line | {"seconds": 0} for line in many]
 
 
 def test_stdout_is_just_the_text_and_statistics_are_on_stderr(run, models):

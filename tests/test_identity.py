@@ -1,9 +1,8 @@
 """`benchmarks/greedy_identity.py`: a sample of its grid on the built-in model, and that it counts what it finds truthfully."""
 
-import importlib.util
 import pathlib
-import sys
 
+import commands
 import pytest
 import tiny
 from absl import flags
@@ -13,20 +12,13 @@ from eesd_jax import DecodeConfig, Engine, UserError
 from eesd_jax.journal import Journal
 from eesd_jax.model.exit_branch import init_exit_branch
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "greedy_identity.py"
 QUESTIONS = ("Why is the sky blue?", "Write a haiku about the sea.", "def fibonacci(n):")
 
 
 @pytest.fixture(scope="module")
 def identity():
-    """The benchmark's module; its flags are taken away afterwards, so that commands can define theirs."""
-    spec = importlib.util.spec_from_file_location("greedy_identity", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
-        delattr(flags.FLAGS, flag.name)
-    del sys.modules[spec.name]
+    with commands.loaded("benchmarks/greedy_identity.py") as module:
+        yield module
 
 
 def open_journal(folder: pathlib.Path, texts: int) -> Journal:

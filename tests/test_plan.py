@@ -5,22 +5,21 @@ All of it on eight virtual CPU devices; compiling for a TPU is one slow test, wh
 
 import dataclasses
 import importlib.util
-import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
-from typing import NamedTuple
 
+import commands
 import jax
 import jax.numpy as jnp
 import pytest
-from absl import flags
+from commands import ROOT, assert_refused
 from experiments import make_config, write_dataset
 from jax.sharding import NamedSharding, PartitionSpec
 
-from eesd_jax import cli, control, experiment, hlo, plan, slices
+from eesd_jax import control, experiment, hlo, plan, slices
 from eesd_jax.config import DecodeConfig, DraftConfig, MeshConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.distill import layout, trainer
@@ -29,9 +28,6 @@ from eesd_jax.errors import UserError
 from eesd_jax.hardware import Chip
 from eesd_jax.model import exit_branch, sharding
 from eesd_jax.weights import known, load
-
-ROOT = pathlib.Path(__file__).parent.parent
-SCRIPT = ROOT / "train" / "plan.py"
 
 
 def mesh_of_eight() -> jax.sharding.Mesh:
@@ -277,62 +273,23 @@ def test_links_of_a_chip(topology, links):
     assert slices.links_of(slices.parse_topology(topology)) == links
 
 
-class Result(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Stream(io.TextIOWrapper):
-    """stdout or stderr in memory."""
-
-    def __init__(self):
-        super().__init__(io.BytesIO(), encoding="utf-8", write_through=True)
-
-    def content(self) -> str:
-        return self.buffer.getvalue().decode()
-
-
 @pytest.fixture(scope="module")
 def command():
-    spec = importlib.util.spec_from_file_location("plan_command", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
-        delattr(flags.FLAGS, flag.name)
-    forget_config_flags()
-    del sys.modules[spec.name]
-
-
-def forget_config_flags() -> None:
-    for name in [name for name in flags.FLAGS if name.split(".")[0] == "config"]:
-        delattr(flags.FLAGS, name)
+    with commands.loaded("train/plan.py") as module:
+        yield module
 
 
 @pytest.fixture
 def run(command, monkeypatch):
     """Runs the command in this process, on a slice of these eight devices with chips of a given memory."""
 
-    def run(*arguments: str, memory: float | None = 2**30, config: str = "tiny") -> Result:
-        forget_config_flags()  # every run defines its own, one a field
-        for name in flags.FLAGS:
-            flags.FLAGS[name].unparse()
-        out, err = Stream(), Stream()
+    def run(*arguments: str, memory: float | None = 2**30) -> commands.Result:
         with monkeypatch.context() as patch:
-            experiment.define_config_flag()
             for name in command.ENVIRONMENT:
                 patch.setenv(name, os.environ.get(name, ""))  # so that they are taken back
             if memory is not None:
                 patch.setattr(slices, "find_slice", lambda name: slices.Slice(jax.devices(), Chip(1e12, memory, 1e11, 1e10), 2))
-            patch.setattr(sys, "argv", ["plan.py", f"--config={ROOT}/configs/{config}.py", *arguments])
-            for name, stream in (("stdout", out), ("stderr", err)):
-                patch.setattr(sys, name, stream)
-            with pytest.raises(SystemExit) as end:
-                cli.run(command.main)
-        return Result(end.value.code or 0, out.content(), err.content())
+            return commands.run(command, f"--config={ROOT}/configs/tiny.py", *arguments)
 
     return run
 
@@ -378,20 +335,11 @@ def test_a_mesh_of_another_size(run):
     assert_refused(run("--topology=v5e:2x4", "--config.mesh.fsdp=3"), "fsdp 3", "8")
 
 
-def assert_refused(result: Result, *named: str) -> None:
-    """One line on stderr, which says all of `named`, exit code 2, nothing on stdout."""
-    assert (result.code, result.out) == (2, ""), result
-    assert result.err.startswith("error: ")
-    assert result.err.count("\n") == 1
-    for text in named:
-        assert text in result.err
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_for_a_tpu():
     arguments = ["--topology=v5e:2x2", "--what=all", "--prompt_tokens=9", "--max_new_tokens=20"]
-    command = [sys.executable, str(SCRIPT), f"--config={ROOT}/configs/tiny.py", *arguments]
+    command = [sys.executable, str(ROOT / "train" / "plan.py"), f"--config={ROOT}/configs/tiny.py", *arguments]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": str(ROOT)})
     assert (result.returncode, result.stderr) == (0, "")
     for name in ("of 16.00", "distill step", "prefill", "plain step", "EESD round"):

@@ -1,15 +1,11 @@
 """`benchmarks/round_overhead.py` measures what it says: rounds of the forced lengths, and parts that do what a round does."""
 
-import importlib.util
-import pathlib
-import sys
-
+import commands
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
-from absl import flags
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
@@ -17,21 +13,14 @@ from eesd_jax.decode.controllers import Beta, Calibration, Forced
 from eesd_jax.engine import Drafter
 from eesd_jax.model.exit_branch import init_exit_branch
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "benchmarks" / "round_overhead.py"
 BETA = Beta(prior_alpha=1.0, prior_beta=1.0, discount=0.9, idle_discount=1.0)
 PROMPTS = [[5, 9, 200, 31], [7]]
 
 
 @pytest.fixture(scope="module")
 def overhead():
-    """The benchmark's module; its flags are taken away afterwards, so that commands can define theirs."""
-    spec = importlib.util.spec_from_file_location("round_overhead", SCRIPT)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    for flag in list(flags.FLAGS.flags_by_module_id_dict()[id(module)]):  # deleting changes the list
-        delattr(flags.FLAGS, flag.name)
-    del sys.modules[spec.name]
+    with commands.loaded("benchmarks/round_overhead.py") as module:
+        yield module
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--controller is {FLAGS.controller!r}; expected one that drafts, and not by times measured on the machine")
     os.environ.update(ENVIRONMENT)
 
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     from eesd_jax import plan, slices
+    from eesd_jax.report import table
     from eesd_jax.weights.known import find_config
 
     where, model = slices.find_slice(FLAGS.topology), find_config(config.model)
@@ -71,16 +68,14 @@ def main(argv: Sequence[str]) -> None:
         with cli.notice(f"compiling for {FLAGS.topology} ..."):
             for program in plan.compile_programs(config, model, where, shape, FLAGS.what):
                 columns[program.name] = plan.describe(program, where, tokens)
-                problems += plan.find_problem(program, where)
+                if problem := plan.find_problem(program, where):
+                    problems.append(problem)
     except plan.DoesNotFit as error:
         problems.append(str(error))
     if columns:
-        table = Table("", *columns, box=box.MARKDOWN, title=f"{config.model} on {FLAGS.topology}, {len(where.devices)} chips")
-        for row in dict.fromkeys(row for column in columns.values() for row in column):
-            table.add_row(row, *(column.get(row, "") for column in columns.values()))
-        for column in table.columns[1:]:
-            column.justify = "right"
-        Console(width=None if sys.stdout.isatty() else 200).print(table)
+        rows = dict.fromkeys(row for column in columns.values() for row in column)
+        title = f"{config.model} on {FLAGS.topology}, {len(where.devices)} chips"
+        print(table((title, *columns), [(row, *(column.get(row, "") for column in columns.values())) for row in rows]))
     if problems:
         print(f"{FLAGS.topology} is too small: {'; '.join(problems)}", file=sys.stderr)
         sys.exit(1)
