@@ -1,6 +1,7 @@
 """What the commands share: flags, one clear line for a user's mistake (exit code 2), files that appear only when whole."""
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pathlib
@@ -18,7 +19,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from eesd_jax import control
-from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, SamplingConfig
+from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, MeshConfig, SamplingConfig
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
@@ -34,13 +35,19 @@ flags.disclaim_key_flags()  # flags defined here belong to the command that aske
 
 
 def define_model_flags() -> None:
-    """--model, --dtype, --exit_branch and --max_draft."""
+    """--model, --dtype, --mesh, and what drafts."""
     flags.DEFINE_string("model", hub.DEMO_NAME, "demo (built in), a Hugging Face folder, a GGUF file, or a hub id.")
     flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere.")
     flags.DEFINE_string(
         "exit_branch",
         "auto",
         "The branch that drafts: a folder or a hub id, none, or auto: the one that comes with the model, if there is one.",
+    )
+    flags.DEFINE_list(
+        "mesh",
+        [],
+        "Devices to spread the model over: tensor:N (heads, mlp and vocabulary), fsdp:N (the other axis of the weights), data:N (rows), or "
+        "several of them, as in data:2,tensor:4; default: one device.",
     )
     flags.DEFINE_list("arms", list(ARMS), "What drafts: exit (the branch), lookup (in the text so far, which needs no branch), or both.")
     flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens to draft in a round.")
@@ -123,9 +130,25 @@ def check_generation_flags() -> None:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= 1")
     if FLAGS.controller is not None:
         check_controller(FLAGS.controller, "--controller")
+    mesh_sizes()
     if "" in FLAGS.stop:
         raise UserError("--stop is ''; expected some text")
     sampling_from_flags()
+
+
+def mesh_sizes() -> dict[str, int]:
+    """What --mesh says, by axis; raises UserError where it makes no sense, or the batch does not spread evenly."""
+    axes, sizes = [field.name for field in dataclasses.fields(MeshConfig)], {}
+    for entry in FLAGS.mesh:
+        axis, _, size = entry.partition(":")
+        if axis not in axes or axis in sizes or not size.isdecimal() or int(size) < 1:
+            raise UserError(
+                f"--mesh is {','.join(FLAGS.mesh)!r}; expected AXIS:SIZE, each of {', '.join(axes)} at most once, as in data:2,tensor:4"
+            )
+        sizes[axis] = int(size)
+    if FLAGS.batch_size % sizes.get("data", 1):
+        raise UserError(f"--batch_size is {FLAGS.batch_size}; expected a multiple of {sizes['data']}, the size of the mesh's data axis")
+    return sizes
 
 
 def check_controller(name: str, flag: str) -> None:
@@ -154,11 +177,13 @@ def load_from_flags() -> "Engine":
     exit_branch = "none" if (FLAGS.exit_branch, FLAGS.controller) == ("auto", control.PLAIN) else FLAGS.exit_branch
     with warnings.catch_warnings(record=True) as caught, notice(f"loading {FLAGS.model} ..."):
         from eesd_jax.engine import load
+        from eesd_jax.model.sharding import make_mesh
 
         warnings.simplefilter("always", UserWarning)
         engine = load(
             FLAGS.model,
             dtype=FLAGS.dtype,
+            mesh=make_mesh(**sizes) if (sizes := mesh_sizes()) else None,
             decode_config=DecodeConfig(max_new_tokens=FLAGS.max_new_tokens, batch_size=FLAGS.batch_size, seed=FLAGS.seed),
             exit_branch=exit_branch,
             max_draft=FLAGS.max_draft,

@@ -22,6 +22,7 @@ from eesd_jax.config import SamplingConfig
 from eesd_jax.decode.arms import ForcedArms
 from eesd_jax.decode.controllers import Forced
 from eesd_jax.hardware import cpu_name
+from eesd_jax.model import sharding
 from eesd_jax.weights import hub
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ def _shape(engine: "Engine", batch: int) -> str:
 
     device, model, drafter = jax.devices()[0], engine.model, engine.drafter
     longest_text = min(PROMPT_TOKENS + _budget(engine), model.config.context_length) + drafter.draft.max_draft + 1
+    mesh = sharding.mesh_of(engine.params["embed"])
     weights = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), (engine.params, engine.branch))
     return repr(
         (
@@ -113,7 +115,7 @@ def _shape(engine: "Engine", batch: int) -> str:
             os.cpu_count(),
             jax.__version__,
             model.config,
-            len(engine.params["embed"].sharding.device_set),
+            mesh and mesh.shape,
             drafter.draft,
             weights,
             batch,

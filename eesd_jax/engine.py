@@ -7,6 +7,7 @@ for piece in lm.stream("Tell me a story."): print(piece, end="", flush=True)
 
 import dataclasses
 import functools
+import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,7 @@ from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
-from eesd_jax.model import cpu_calls, llama
+from eesd_jax.model import cpu_calls, llama, sharding
 from eesd_jax.model.exit_branch import ExitBranch, with_codes
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import branch_folder, hub
@@ -251,7 +252,7 @@ class Engine:
           stop: strings that end a text; they are cut off.
           sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
           max_new_tokens (int): budget of each row, by default the configured one.
-          batch_size (int): rows of the compiled program; empty rows are added up to it.
+          batch_size (int): rows of the compiled program; empty rows are added up to it, and to a multiple of the mesh's data axis.
           controller (Controller, or its name; see `controller`): how many tokens to draft; None for plain decoding; by default
             `auto`, which is `cost_aware` where something drafts, else plain.
         """
@@ -277,7 +278,7 @@ class Engine:
         controller: Controller | str | None = control.AUTO,
     ) -> Iterator[list[str]]:
         """Yields each row's new text after every call of the loop, and returns the generations."""
-        batch = max(batch_size or 1, len(prompts))
+        batch = math.ceil(max(batch_size or 1, len(prompts)) / self._row_shares) * self._row_shares
         if isinstance(controller, str):
             controller = self.controller(controller, batch=batch)
         started = time.perf_counter()
@@ -344,6 +345,8 @@ class Engine:
     ) -> DecodeState:
         """Pads the prompts to their bucket, adds empty rows up to `batch`, and runs them through the model."""
         options, config = self.decode_config, self.model.config
+        if batch % self._row_shares:
+            raise UserError(f"a batch of {batch} rows over a mesh whose data axis is {self._row_shares}; expected a multiple of it")
         empty_rows = batch - len(prompts)
         lengths = np.array([len(prompt) for prompt in prompts] + [1] * empty_rows, np.int32)
         limits = np.array([min(len(prompt) + budget, config.context_length) for prompt in prompts] + [1] * empty_rows, np.int32)
@@ -354,25 +357,29 @@ class Engine:
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
+        keys = jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, jnp.uint32))
         with cpu_calls.on_mesh(self._on_mesh):
             state, exit_cache = _prefill(
                 config,
                 self.params,
                 self.branch if drafter else None,
-                tokens,
-                lengths,
-                limits,
-                jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, jnp.uint32)),
+                *self._place_rows(tokens, lengths, limits, keys),
                 exit_layer=drafter.draft.exit_layer if drafter else config.num_layers,
                 capacity=capacity,
                 chunk=options.prompt_buckets[-1],
             )
-        return state if controller is None else _start_drafting(state, exit_cache, controller)
+        if controller is None:
+            return state
+        state = _start_drafting(state, exit_cache, controller)
+        # What it adds lies where the rest of a row does: with other arguments the program would be compiled again.
+        leaves, structure = jax.tree.flatten(state.draft._replace(exit_cache=None))
+        added = jax.tree.unflatten(structure, self._place_rows(*leaves))
+        return state._replace(draft=added._replace(exit_cache=state.draft.exit_cache))
 
     def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
         """Runs up to `max_steps` steps (rounds); `state` is used up."""
         model = self.model
-        settings = _sampling_arrays(sampling, state.length.shape[0])
+        settings = Sampling(*self._place_rows(*_sampling_arrays(sampling, state.length.shape[0])))
         eos_ids, steps = jnp.array(model.eos_ids, jnp.int32), jnp.int32(max_steps)
         with cpu_calls.on_mesh(self._on_mesh):
             if controller is None:
@@ -382,7 +389,20 @@ class Engine:
 
     @property
     def _on_mesh(self) -> bool:
-        return len(self.model.params["embed"].devices()) > 1
+        return self._mesh is not None
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        return sharding.mesh_of(self.model.params["embed"])
+
+    @property
+    def _row_shares(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return 1 if self._mesh is None else self._mesh.shape["data"]
+
+    def _place_rows(self, *arrays: np.ndarray | jax.Array) -> Sequence[np.ndarray | jax.Array]:
+        """Arrays [B, ...], each row on the devices that decode it."""
+        return arrays if self._row_shares == 1 else jax.device_put(arrays, sharding.decode_rows_home(self._mesh))
 
 
 def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) -> tuple[int, int]:

@@ -18,7 +18,7 @@ OPTIONS = DecodeConfig(max_new_tokens=12, prompt_buckets=(16,), min_capacity=64,
 PROMPTS = ([[5, 9, 200], [7]], [[250]], [[11, 12, 13, 14], [8, 9]])  # the second leaves a row empty
 
 
-@pytest.fixture(scope="module", params=[None, {"fsdp": 2}, {"tensor": 2}], ids=["one device", "fsdp", "tensor"])
+@pytest.fixture(scope="module", params=[None, {"fsdp": 2}, {"tensor": 2}, {"data": 2}], ids=["one device", "fsdp", "tensor", "data"])
 def lm(request, tmp_path_factory) -> Engine:
     """A model and a branch of one draft at most, from files; heads that a mesh of two cannot share out evenly."""
     folder = tmp_path_factory.mktemp("model")

@@ -152,9 +152,14 @@ def _switch_width(draft: DraftConfig, count_B: jax.Array, at_width: Callable[[in
 
 
 class _Verified(NamedTuple):
-    """verdict: of `verify.accept`. late, exit_entries: new keys and values of blocks N+1..L and of the exit block, K + 1 tokens wide."""
+    """What verification gives.
+
+    verdict: of `verify.accept`. output: a value of the last block's output, [B]. late, exit_entries: new keys and values of blocks N+1..L
+    and of the exit block, K + 1 tokens wide.
+    """
 
     verdict: verify.Verdict
+    output: jax.Array
     late: kv.KVCache
     exit_entries: kv.KVCache | None
 
@@ -184,7 +189,7 @@ def _verify(
         draft_ids = jnp.zeros(0, jnp.int32) if branch is None else branch.draft_ids
         verdict = verify.accept(keys_B, narrow, draft_ids, llama.logits(config, params, x), sampling)
         pad = draft.max_draft + 1 - width
-        return _Verified(verdict, kv.pad(late, pad), None if exit_entries is None else kv.pad(exit_entries, pad))
+        return _Verified(verdict, x[:, 0, 0], kv.pad(late, pad), None if exit_entries is None else kv.pad(exit_entries, pad))
 
     return _switch_width(draft, drafted.drafts.count, at_width)
 
@@ -229,10 +234,10 @@ def round_step(
     # Caches: blocks 1..N were written while drafting.
     exit_layer, start_B = draft.exit_layer, state.length - 1
     old_late = kv.KVCache(state.cache.k[exit_layer:], state.cache.v[exit_layer:])
-    late = kv.write(old_late, verified.late, start_B, after=verified.late.v[0])
+    late = kv.write(old_late, verified.late, start_B, after=verified.output)
     exit_cache = None
     if branch is not None:
-        exit_cache = kv.write(drafted.exit_cache, verified.exit_entries, start_B, after=verified.exit_entries.v[0])
+        exit_cache = kv.write(drafted.exit_cache, verified.exit_entries, start_B, after=verified.output)
     cache = kv.KVCache(drafted.early.k + late.k, drafted.early.v + late.v)
 
     # Commit: the accepted drafts and the target's own token, cut behind the first EOS and at the budget.

@@ -40,11 +40,11 @@ def write(cache: KVCache, new: KVCache, start_B: jax.Array, after: jax.Array) ->
       cache: capacity S; `start + T <= S` must hold for every row, because `dynamic_update_slice` clamps and would overwrite live entries.
       new: entries of T tokens, for the same blocks.
       start_B: int32 [B], the slot of each row's first new entry.
-      after: the output of the pass that read the cache (any float array). The write is made to depend on it: XLA, left to choose, would
-        write while blocks still read, and copy every cache every step to be able to.
+      after: the output of the pass that read the cache (any float array [B, ...]). The write is made to depend on it: XLA, left to choose,
+        would write while blocks still read, and copy every cache every step to be able to.
     """
-    # Zero, but XLA does not know: it cannot rule out a NaN.
-    start_B = start_B + jnp.isnan(after.ravel()[0]).astype(jnp.int32)
+    # Zero, but XLA does not know: it cannot rule out a NaN. Each row looks at its own, so that devices need not tell each other.
+    start_B = start_B + jnp.isnan(after[:, *[0] * (after.ndim - 1)]).astype(jnp.int32)
 
     def write_rows(old: jax.Array, entries: jax.Array, slot_axis: int) -> jax.Array:
         def write_row(old_row: jax.Array, entry: jax.Array, start: jax.Array) -> jax.Array:

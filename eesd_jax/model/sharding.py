@@ -37,6 +37,21 @@ def make_mesh(devices: list[jax.Device] | None = None, *, data: int = 1, fsdp: i
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
 
 
+def mesh_of(array: jax.Array) -> Mesh | None:
+    """The mesh that an array is spread over, None where it is on one device."""
+    home = array.sharding
+    return home.mesh if isinstance(home, NamedSharding) and home.mesh.size > 1 else None
+
+
+def decode_rows_home(mesh: Mesh) -> NamedSharding:
+    """Where rows lie in decoding: over `data` alone.
+
+    The devices along `fsdp` then each have a part of every product's sum, and add up activations of a few tokens; with other rows on each
+    of them they would have to send each other all weights at every step.
+    """
+    return NamedSharding(mesh, PartitionSpec("data"))
+
+
 def abstract_params(config: ModelConfig) -> llama.Params:
     """Boxed shapes (`jax.ShapeDtypeStruct`) and logical axes of every weight; nothing is allocated."""
     return jax.eval_shape(lambda key: llama.init(config, key), jax.random.key(0))

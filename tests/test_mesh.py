@@ -1,0 +1,114 @@
+"""Decoding on a mesh of virtual devices: the tokens of one device, caches where their heads are, and no more talk than it takes."""
+
+import collections
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+
+from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError
+from eesd_jax import engine as programs
+from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DraftConfig
+from eesd_jax.control import build_controller, parse_controller
+from eesd_jax.cost_table import RoundCosts
+from eesd_jax.decode.controllers import Calibration, Controller, Fixed
+from eesd_jax.engine import Drafter
+from eesd_jax.model import cpu_calls, exit_branch
+from eesd_jax.model.sharding import make_mesh
+from eesd_jax.weights.load import LoadedModel, load_params
+
+OPTIONS = DecodeConfig(max_new_tokens=20, prompt_buckets=(16,), min_capacity=64)
+PROMPTS = [[5, 9, 200, 5, 9, 200, 5], [7]]
+
+
+def make_engine(axes: dict[str, int], blocks: int = 3, longest_match: int = 0) -> Engine:
+    """A model with four heads over four, and a branch behind its first block that is right now and then; on a mesh, if it has axes."""
+    mesh = make_mesh(**axes) if axes else None
+    config = tiny.config(num_hidden_layers=blocks, num_key_value_heads=4)
+    source = tiny.ArraySource(tiny.tensors(config))
+    branch = exit_branch.init_exit_branch(config, load_params(config, source, jnp.dtype("float32")), 1, "zero")
+    if mesh:
+        homes = exit_branch.exit_branch_shardings(config, config.vocab_size, mesh)
+        branch = jax.tree.map(jax.device_put, branch, homes)
+    model = LoadedModel(config, load_params(config, source, jnp.dtype("float32"), mesh), tiny.loaded_model().tokenizer, ())
+    draft = DraftConfig(1, 2, verify_widths=(), longest_match=longest_match)
+    return Engine(model, OPTIONS, Drafter(branch, draft, Calibration(), trained=False))
+
+
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "axes", [{"data": 2, "tensor": 2}, pytest.param({"tensor": 4}, marks=SLOW), pytest.param({"fsdp": 2, "tensor": 2}, marks=SLOW)], ids=str
+)
+def test_tokens_are_those_of_one_device(axes):
+    costs = RoundCosts(exit=(1.0, 1.0, 1.0), look_up=(1.0, 1.0, 1.0))
+    both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, longest_match=LONGEST_MATCH)
+    one, many = make_engine({}, longest_match=LONGEST_MATCH), make_engine(axes, longest_match=LONGEST_MATCH)
+    expected = [generation.token_ids for generation in one.generate_ids(PROMPTS, seeds=[0, 1], controller=None)]
+    for controller in (None, both):
+        found = many.generate_ids(PROMPTS, seeds=[0, 1], controller=controller)
+        assert [generation.token_ids for generation in found] == expected
+    assert sum(int(generation.log.drafted.sum()) for generation in found) > 0
+
+
+def decode_program(engine: Engine, controller: Controller | None) -> tuple[str, object]:
+    """The HLO of the loop that decodes, and the state that it is given."""
+    state = engine.prefill(PROMPTS, [0, 1], 2, 20, controller)
+    settings = programs.Sampling(*engine._place_rows(*programs._sampling_arrays(SamplingConfig(), 2)))
+    model, rest = engine.model, (settings, state, jnp.int32(4))
+    with cpu_calls.on_mesh(True):
+        if controller is None:
+            lowered = programs._decode_plain.lower(model.config, jnp.zeros(1, jnp.int32), engine.params, *rest)
+        else:
+            weights = (engine.params, engine.branch)
+            draft = engine.drafter.draft
+            lowered = programs._decode_speculative.lower(model.config, draft, controller, jnp.zeros(1, jnp.int32), *weights, *rest)
+    return lowered.compile().as_text(), state
+
+
+def collectives(text: str) -> collections.Counter[str]:
+    """How many there are of each kind."""
+    kinds = "all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute"
+    return collections.Counter(re.findall(rf"= [^=]* ({kinds})(?:-start)?\(", text))
+
+
+@pytest.mark.parametrize("controller", [None, pytest.param(Fixed(2), marks=SLOW)], ids=["plain", "EESD"])
+def test_a_block_adds_up_twice_and_says_nothing_else(controller):
+    """Once behind its attention and once behind its MLP, however many passes (late blocks are compiled for one width here)."""
+    axes = {"tensor": 4}
+    few, more = (collectives(decode_program(make_engine(axes, blocks), controller)[0]) for blocks in (2, 4))
+    assert few["all-reduce"] >= 2 * 2
+    assert more - few == {"all-reduce": 2 * 2}
+
+
+@pytest.mark.slow
+def test_rows_of_other_devices_are_none_of_a_blocks_business():
+    few, more = (collectives(decode_program(make_engine({"data": 2}, blocks), Fixed(2))[0]) for blocks in (2, 4))
+    assert more == few
+
+
+@pytest.mark.parametrize("axes", [{"tensor": 4}, {"data": 2, "tensor": 2}], ids=str)
+def test_caches_lie_where_their_heads_and_rows_are(axes):
+    text, state = decode_program(make_engine(axes), Fixed(2))
+    caches = [*state.cache.k, *state.cache.v, *state.draft.exit_cache.k, *state.draft.exit_cache.v]
+    for cache in caches:
+        rows, heads, *_ = cache.sharding.shard_shape(cache.shape)
+        assert (rows, heads) == (2 // axes.get("data", 1), 4 // axes["tensor"])
+    # And they are never gathered, nor is what is written to them.
+    shapes = [cache.sharding.shard_shape(cache.shape) for cache in (state.cache.k[0], state.cache.v[0])]
+    for line in text.splitlines():
+        if " all-gather(" in line:
+            sizes = [int(size) for size in re.search(r"\[([\d,]*)\]", line)[1].split(",")]
+            assert len(sizes) < 4, line
+            assert all(tuple(sizes) != shape for shape in shapes)
+
+
+def test_rows_that_do_not_spread_evenly():
+    engine = make_engine({"data": 2})
+    with pytest.raises(UserError, match=r"batch of 3 rows .* 2; expected a multiple"):
+        engine.prefill([[5]] * 3, [0] * 3, 3, 4)
+    # Generation adds empty rows.
+    assert len(engine.generate_ids([[5]] * 3, seeds=[0] * 3, controller=None)) == 3
