@@ -1,7 +1,12 @@
 """Weights and configurations arrive unchanged from every kind of file, one tensor at a time, on whatever mesh."""
 
+import json
 import math
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 import weakref
 
 import gguf
@@ -162,9 +167,16 @@ def test_loading_holds_one_tensor_at_a_time(tmp_path, kind):
     class Watched:
         description, shapes = source.description, source.shapes
 
-        def read(self, name: str) -> np.ndarray:
+        def read(self, name: str) -> "WatchedTensor":
+            return WatchedTensor(source.read(name))
+
+    class WatchedTensor:
+        def __init__(self, tensor):
+            self._tensor = tensor
+
+        def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
             nonlocal most
-            data = source.read(name)
+            data = self._tensor[index]
             alive.append(weakref.ref(data))
             most = max(most, sum(ref() is not None for ref in alive))
             return data
@@ -173,6 +185,46 @@ def test_loading_holds_one_tensor_at_a_time(tmp_path, kind):
     load_params(ModelConfig.from_hf(hf, "tiny"), Watched(), jnp.dtype("bfloat16"))
     assert len(alive) == len(source.shapes)
     assert most == 1
+
+
+PROCESS = """
+import json, sys
+import jax, jax.numpy as jnp, numpy as np
+folder, address, index = sys.argv[1:]
+jax.distributed.initialize(address, 2, int(index))
+from eesd_jax.model import sharding
+from eesd_jax.weights import safetensors
+from eesd_jax.weights.load import load_model
+
+read = []
+def watch(tensor, index, get=safetensors.StoredTensor.__getitem__):
+    read.append(get(tensor, index).nbytes)
+    return get(tensor, index)
+safetensors.StoredTensor.__getitem__ = watch
+params = load_model(folder, jnp.dtype("bfloat16"), sharding.make_mesh(fsdp=2, tensor=2)).params
+held = [{str(shard.index): shard.data.nbytes for shard in leaf.addressable_shards} for leaf in jax.tree.leaves(params)]
+whole = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+print(json.dumps({"read": sum(read), "held": sum(sum(parts.values()) for parts in held), "whole": whole}))
+"""
+
+
+@pytest.mark.slow
+def test_each_process_reads_what_its_devices_hold(tmp_path):
+    tiny.write_folder(tmp_path, tiny.hf_config(), dtype="bfloat16", shards=2, with_tokenizer=True)
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path, address, str(i)], stdout=subprocess.PIPE, text=True, env=environment)
+        for i in range(2)
+    ]
+    for process in processes:
+        out, _ = process.communicate(timeout=200)
+        assert process.returncode == 0
+        found = json.loads(out.splitlines()[-1])
+        assert found["read"] == found["held"]
+        assert found["held"] == found["whole"] / 2  # rows of fsdp, each on the two devices of one process
 
 
 def test_params_on_a_mesh(tmp_path):

@@ -51,7 +51,13 @@ class TensorSource(Protocol):
     description: str
     shapes: dict[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray: ...
+    def read(self, name: str) -> "Readable": ...
+
+
+class Readable(Protocol):
+    """A tensor, in memory or in a file, of which parts can be taken."""
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
 class LoadedModel(NamedTuple):
@@ -132,9 +138,15 @@ def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mes
         placements = sharding.param_shardings(config, mesh)
 
     def load(name: str, placement: jax.sharding.Sharding) -> jax.Array:
-        data = source.read(name).astype(dtype, copy=False)
-        # Each process hands over only the parts that its own devices hold; waiting keeps one tensor at a time in the host's memory.
-        return jax.make_array_from_callback(data.shape, placement, data.__getitem__).block_until_ready()
+        tensor, parts = source.read(name), {}
+
+        def part(index: tuple[slice, ...]) -> np.ndarray:
+            if (key := str(index)) not in parts:  # several devices may hold the same
+                parts[key] = tensor[index].astype(dtype, copy=False)
+            return parts[key]
+
+        # Each process reads only the parts that its own devices hold; waiting keeps one tensor at a time in the host's memory.
+        return jax.make_array_from_callback(source.shapes[name], placement, part).block_until_ready()
 
     return jax.tree.map(load, names, placements)
 

@@ -48,17 +48,28 @@ class SafetensorsSource:
             self._shard_of.update(dict.fromkeys(handle.keys(), shard))
         self.shapes = {name: tuple(self._open_shards[shard].get_slice(name).get_shape()) for name, shard in self._shard_of.items()}
 
-    def read(self, name: str) -> np.ndarray:
-        """One tensor in its stored dtype (float32, float16 or bfloat16)."""
+    def read(self, name: str) -> "StoredTensor":
+        """One tensor, of which parts can be taken."""
         shard = self._shard_of[name]
-        handle = self._open_shards[shard]
-        dtype = handle.get_slice(name).get_dtype()
+        return StoredTensor(shard, self._open_shards[shard], name)
+
+
+class StoredTensor:
+    """A tensor of a file, of which only what is asked for is read: `tensor[4:8, :]`, in its stored dtype (float32, float16 or bfloat16)."""
+
+    def __init__(self, shard: pathlib.Path, handle: safe_open, name: str):
+        self._shard = shard
+        self._name = name
+        self._slice = handle.get_slice(name)
+        dtype = self._slice.get_dtype()
         if dtype not in ("F64", "F32", "F16", "BF16"):
             raise UserError(f"{shard}: tensor {name} is stored as {dtype}; expected F32, F16 or BF16")
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         try:
-            return handle.get_tensor(name)
+            return self._slice[index]
         except (SafetensorError, OSError) as error:
-            raise UserError(f"{shard}: cannot read tensor {name} ({error})") from None
+            raise UserError(f"{self._shard}: cannot read tensor {self._name} ({error})") from None
 
 
 def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
