@@ -24,7 +24,7 @@ from experiments import NUM_VALIDATION, make_config, write_dataset
 from tensorboardX.proto import event_pb2
 
 from eesd_jax import DecodeConfig, Engine, experiment
-from eesd_jax.config import DraftConfig, ExperimentConfig
+from eesd_jax.config import DraftConfig, ExperimentConfig, MeshConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.distill import data, evaluation, step, teacher, trainer
 from eesd_jax.distill.checks import comparable
@@ -142,6 +142,17 @@ def test_a_step_on_a_mesh_is_that_of_one_device(mixed, alone, mesh):
     run = prepare(config, layout)
     assert (not run.initial.trained.block["wq"].sharding.is_fully_replicated) == (sizes["fsdp"] * sizes["tensor"] > 1)
     assert_same_step(one_step(run), alone)
+
+
+def test_data_alone_lies_across_slices(mixed, alone, monkeypatch):
+    """Two virtual slices, whose devices take turns in the list of all."""
+    monkeypatch.setattr("eesd_jax.distill.layout._slice_of", lambda device: device.id % 2)
+    config = dataclasses.replace(mixed, mesh=MeshConfig(data=2, fsdp=4))
+    layout = make_layout(config)
+    assert [{device.id % 2 for device in part.flat} for part in layout.mesh.devices] == [{0}, {1}]
+    assert_same_step(one_step(prepare(config, layout)), alone)
+    with pytest.raises(UserError, match=r"data 1 x fsdp 8 .* over 2 slices; expected a multiple of 2 for data"):
+        make_layout(dataclasses.replace(mixed, mesh=MeshConfig(data=1, fsdp=8)))
 
 
 @pytest.mark.parametrize("parts", [2, *slow({"4": 4})])
