@@ -1,0 +1,263 @@
+"""How close to its limits an accelerator decodes and trains: a model of random weights, and nothing to fetch.
+
+    python benchmarks/gpu.py --json=gpu.json
+    python benchmarks/gpu.py --model=demo --prompt="Why is the sky blue?"
+    python benchmarks/gpu.py --shape=tiny --batch_sizes=1,2 --rows=2 --sequence_length=64     # anywhere, in a minute
+
+Plain decoding against the time to read all weights once at the bandwidth that copying reaches in the same run; rounds by the number of
+drafts against that bound, too; a step of distillation as a share of the data sheet's peak (of a measured product of matrices where there is
+no data sheet); a real model end to end, if --model is given; transformers + PyTorch `generate` on the same shape, where torch sees a GPU.
+"""
+
+import gc
+import json
+import math
+import statistics
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+import eesd_jax
+from eesd_jax import cli, cost_table, report
+from eesd_jax.config import LONGEST_MATCH, DecodeConfig, DraftConfig, LossConfig, ModelConfig, OptimizerConfig, SamplingConfig
+from eesd_jax.decode.controllers import Calibration
+from eesd_jax.distill import step, teacher
+from eesd_jax.distill.data import Batch
+from eesd_jax.engine import Drafter, Engine
+from eesd_jax.errors import UserError
+from eesd_jax.hardware import cpu_name, find_chip
+from eesd_jax.model import exit_branch, llama, sharding
+from eesd_jax.weights import known, tiny
+from eesd_jax.weights.load import LoadedModel
+
+FLAGS = flags.FLAGS
+flags.DEFINE_string("shape", "meta-llama/Llama-2-13b-chat-hf", "Whose shape: a model of configs/, tiny, or a Hugging Face folder.")
+flags.DEFINE_string("dtype", "bfloat16", "float32 or bfloat16.")
+flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows that are decoded together.")
+flags.DEFINE_integer("max_draft", 8, "The most tokens that a round drafts.")
+flags.DEFINE_integer("rows", 4, "Rows of a training step; 0: none is made.")
+flags.DEFINE_integer("sequence_length", 1024, "Tokens of such a row.")
+flags.DEFINE_string("model", None, "A real model to answer --prompt, as for infer/generate.py; default: none.")
+flags.DEFINE_string("prompt", "Why is the sky blue?", "What it is asked.")
+flags.DEFINE_string("json", None, "File to write the result to.")
+
+STEPS, REPEATS = 16, 5
+PROMPT_TOKENS, NEW_TOKENS = 32, 128
+
+
+def median_seconds(work: Callable[[], Any]) -> float:
+    """Of several times, after one that compiles."""
+    seconds = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        jax.block_until_ready(work())
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[1:])
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read and written, of changing an array of 1 GiB (64 MiB on a CPU)."""
+    block = jnp.zeros(2**24 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
+    change = jax.jit(lambda x: x + 1)
+    return 2 * block.nbytes / median_seconds(lambda: change(block))
+
+
+def matrix_rate(dtype: jnp.dtype) -> float:
+    """Floating-point operations a second of a product of large matrices."""
+    size = 1024 if jax.default_backend() == "cpu" else 8192
+    matrix = jnp.ones((size, size), dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    return 2 * size**3 / median_seconds(lambda: multiply(matrix))
+
+
+def random_params(config: ModelConfig, dtype: jnp.dtype) -> llama.Params:
+    """Weights drawn on the device, one after the other."""
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        if len(leaf.shape) == 1:
+            return jnp.ones(leaf.shape, dtype)
+        key = jax.random.key(zlib.crc32(jax.tree_util.keystr(path).encode()))
+        return normal(key, leaf.shape, leaf.shape[1] ** -0.5)
+
+    normal = jax.jit(lambda key, shape, scale: (scale * jax.random.normal(key, shape, dtype)).astype(dtype), static_argnums=1)
+    shapes = sharding.nn.meta.unbox(sharding.abstract_params(config))
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def make_engine(config: ModelConfig, dtype: jnp.dtype) -> Engine:
+    """Of random weights, whose texts do not end; an eighth of its blocks drafts, with a branch that was never trained."""
+    params = random_params(config, dtype)
+    model = LoadedModel(config, params, tiny.tokenizer(), ())
+    exit_layer = max(1, config.num_layers // 8)
+    branch = exit_branch.init_exit_branch(config, params, exit_layer, "next")
+    draft = DraftConfig(exit_layer, FLAGS.max_draft, longest_match=LONGEST_MATCH)
+    return Engine(model, DecodeConfig(max_new_tokens=NEW_TOKENS), Drafter(branch, draft, Calibration(), trained=False))
+
+
+def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, Any]:
+    """Seconds of a plain step and of rounds, each with the time that reading the weights alone would take."""
+    prompts = [[i % engine.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
+    state = engine.prefill(prompts, [0] * batch, batch, (REPEATS + 1) * STEPS + 1, None)
+
+    def steps() -> Any:
+        nonlocal state
+        state = engine.decode(state, SamplingConfig(), None, STEPS)
+        return state
+
+    plain = median_seconds(steps) / STEPS
+    costs = cost_table.measure(engine, batch)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+    if not engine.model.config.tie_embeddings:
+        weights -= engine.params["embed"].nbytes  # of which a step reads a few rows
+    bound = weights / bandwidth
+    return {
+        "batch_size": batch,
+        "plain_ms": 1e3 * plain,
+        "bound_ms": 1e3 * bound,
+        "tokens_per_second": batch / plain,
+        "share_of_bound": bound / plain,
+        "rounds_ms": [1e3 * seconds for seconds in costs.exit],
+        "looked_up_rounds_ms": [1e3 * seconds for seconds in costs.look_up],
+    }
+
+
+def measure_training(engine: Engine, dtype: jnp.dtype) -> dict[str, Any]:
+    """A step of online distillation; the engine's blocks are used up."""
+    config, draft_vocab = engine.model.config, engine.model.config.vocab_size
+    branch = jax.tree.map(jnp.copy, engine.drafter.branch)
+    trunk = teacher.split_trunk(config, engine.model.params, engine.drafter.draft.exit_layer)
+    options = step.StepConfig(config, LossConfig(chunk=128), OptimizerConfig(), 1000, online=True)
+    state = step.init_state(options, branch, train_head=False)
+    frozen = step.Frozen(trunk, branch.head, branch.draft_ids)
+    shape = (FLAGS.rows, FLAGS.sequence_length)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, shape, np.int32)
+    ones, places = np.ones(shape, np.int32), np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    batch = jax.device_put(Batch(tokens, ones, places, places > 0, np.arange(shape[0], dtype=np.int32)))
+    run = step.jit_step(state)
+
+    def train() -> Any:
+        nonlocal state
+        state, metrics = run(options, frozen, state, batch, None)
+        return metrics
+
+    seconds = median_seconds(train)
+    flops = step.position_flops(config, draft_vocab, online=True, train_head=False) * math.prod(shape)
+    chip = find_chip(jax.devices()[0].device_kind)
+    peak = chip.flops if chip else matrix_rate(dtype)
+    return {
+        "rows": shape[0],
+        "sequence_length": shape[1],
+        "step_ms": 1e3 * seconds,
+        "tokens_per_second": math.prod(shape) / seconds,
+        "tflops_per_second": flops / seconds / 1e12,
+        "peak_tflops_per_second": peak / 1e12,
+        "peak_from": "data sheet" if chip else "a product of matrices",
+        "share_of_peak": flops / seconds / peak,
+    }
+
+
+def measure_model() -> dict[str, Any]:
+    """Plain decoding and the default controller on a real model; each answers once before it is timed."""
+    engine = eesd_jax.load(FLAGS.model, dtype=FLAGS.dtype)
+    found = {}
+    for name in ("plain", "auto"):
+        for _ in range(2):
+            found[name] = engine.generate(FLAGS.prompt, controller=name, max_new_tokens=NEW_TOKENS)
+    plain, ours = found["plain"], found["auto"]
+    return {
+        "model": FLAGS.model,
+        "plain_tokens_per_second": plain.tokens_per_second,
+        "tokens_per_second": ours.tokens_per_second,
+        "speedup": ours.tokens_per_second / plain.tokens_per_second,
+        "tokens_per_round": ours.tokens_per_round,
+        "identical": ours.token_ids == plain.token_ids,
+    }
+
+
+def measure_transformers() -> dict[str, Any] | None:
+    """`generate` of transformers on random weights of the same shape; None without a GPU that torch sees, or a shape that it knows."""
+    try:
+        import torch
+        import transformers
+    except ImportError:
+        return None
+    if not torch.cuda.is_available() or FLAGS.shape not in known.CONFIGS:
+        return None
+    with torch.device("cuda"):
+        config = transformers.AutoConfig.for_model(**known.CONFIGS[FLAGS.shape])
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=getattr(torch, FLAGS.dtype)).eval()
+        ids = torch.arange(1, PROMPT_TOKENS + 1)[None]
+    seconds = []
+    for _ in range(3):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        with torch.no_grad():
+            model.generate(ids, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS, do_sample=False)
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return {"tokens_per_second": NEW_TOKENS / min(seconds[1:])}
+
+
+def show(result: dict[str, Any]) -> None:
+    """Tables of it."""
+    rows = []
+    for one in result["decoding"]:
+        what = (str(one["batch_size"]), f"{one['plain_ms']:.2f}", f"{one['bound_ms']:.2f}", f"{one['share_of_bound']:.2f}")
+        rows.append((*what, f"{one['tokens_per_second']:.1f}"))
+    print(report.table(("batch", "plain step, ms", "bound, ms", "share of bound", "tokens/s"), rows))
+    counts = range(FLAGS.max_draft + 1)
+    lines = []
+    for one in result["decoding"]:
+        for source, field in (("exit branch", "rounds_ms"), ("lookup", "looked_up_rounds_ms")):
+            lines.append((f"{source}, batch {one['batch_size']}", *(f"{value / one['plain_ms']:.2f}" for value in one[field])))
+    print("\n" + report.table(("a round, in plain steps, by drafts", *map(str, counts)), lines))
+    if training := result["training"]:
+        print(
+            f"\ntraining step: {training['step_ms']:.1f} ms, {training['tokens_per_second']:,.0f} tokens/s, "
+            f"{training['share_of_peak']:.2f} of {training['peak_tflops_per_second']:.3g} TFLOP/s ({training['peak_from']})"
+        )
+    if model := result["model"]:
+        print(
+            f"\n{model['model']}: plain {model['plain_tokens_per_second']:.1f} tokens/s, default {model['tokens_per_second']:.1f}, "
+            f"ratio {model['speedup']:.2f}, identical: {'yes' if model['identical'] else 'no'}"
+        )
+    if peer := result["transformers"]:
+        print(f"\ntransformers generate, batch 1: {peer['tokens_per_second']:.1f} tokens/s")
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    batches = [int(size) for size in FLAGS.batch_sizes if size.isdecimal() and int(size) > 0]
+    if len(batches) != len(FLAGS.batch_sizes) or not batches:
+        raise UserError(f"--batch_sizes is {','.join(FLAGS.batch_sizes)!r}; expected positive integers")
+    if FLAGS.dtype not in ("float32", "bfloat16"):
+        raise UserError(f"--dtype is {FLAGS.dtype!r}; expected float32 or bfloat16")
+    for name, least in (("max_draft", 1), ("rows", 0), ("sequence_length", 2)):
+        if FLAGS[name].value < least:
+            raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= {least}")
+    dtype, config = jnp.dtype(FLAGS.dtype), known.find_config(FLAGS.shape)
+    bandwidth = copy_bandwidth()
+    device = jax.devices()[0].device_kind
+    print(f"{FLAGS.shape}, {FLAGS.dtype}, on {device} ({cpu_name()}); copies move {bandwidth / 1e9:,.0f} GB/s\n", flush=True)
+    engine = make_engine(config, dtype)
+    result = {"shape": FLAGS.shape, "dtype": FLAGS.dtype, "device": device, "jax": jax.__version__, "copy_bandwidth": bandwidth}
+    result["decoding"] = [measure_decoding(engine, batch, bandwidth) for batch in batches]
+    result["training"] = measure_training(engine, dtype) if FLAGS.rows else None
+    del engine
+    gc.collect()
+    result["model"] = measure_model() if FLAGS.model else None
+    result["transformers"] = measure_transformers()
+    show(result)
+    if FLAGS.json:
+        with cli.whole_file(FLAGS.json) as file:
+            json.dump(result, file, indent=2)
+
+
+if __name__ == "__main__":
+    cli.run(main)
