@@ -16,7 +16,7 @@ _DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # of the torus
 
 
 class Slice(NamedTuple):
-    """A TPU slice. devices: compile-only, one a chip. chip: its data sheet. links: of a chip, that every chip of the slice has."""
+    """A TPU slice, or several. devices: compile-only, one a chip. chip: its data sheet. links: of a chip, that all chips of it have."""
 
     devices: Sequence[jax.Device]
     chip: Chip
@@ -33,8 +33,8 @@ def parse_topology(topology: str) -> tuple[str, list[int]]:
     return family, sizes
 
 
-def find_slice(topology: str) -> Slice:
-    """The chips of a slice by its name; none need be there.
+def find_slice(topology: str, count: int = 1) -> Slice:
+    """The chips of a slice by its name, or of several of them that a network joins; none need be there.
 
     Raises:
       UserError: no such topology, or no libtpu to compile with.
@@ -42,7 +42,7 @@ def find_slice(topology: str) -> Slice:
     family, sizes = parse_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"topology {topology!r} is compiled for by libtpu, which is not installed; expected pip install libtpu")
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"num_slices": count} if count > 1 else {}
     if family == "v4":
         options["chip_config_name"] = "megacore"  # one device a chip, as it runs
     if math.prod(sizes) < 4:  # a part of a host

@@ -288,7 +288,7 @@ def run(command, monkeypatch):
             for name in command.ENVIRONMENT:
                 patch.setenv(name, os.environ.get(name, ""))  # so that they are taken back
             if memory is not None:
-                patch.setattr(slices, "find_slice", lambda name: slices.Slice(jax.devices(), Chip(1e12, memory, 1e11, 1e10), 2))
+                patch.setattr(slices, "find_slice", lambda name, count: slices.Slice(jax.devices(), Chip(1e12, memory, 1e11, 1e10), 2))
             return commands.run(command, f"--config={ROOT}/configs/tiny.py", *arguments)
 
     return run
@@ -315,6 +315,7 @@ def test_what_does_not_fit(run):
         (["--topology=v5p:2x2"], ["'v5p:2x2'", "expected", "v5p:AxBxC"]),
         (["--topology=h100:8"], ["'h100:8'", "expected"]),
         ([], ["--topology is missing"]),
+        (["--topology=v5e:2x2", "--slices=0"], ["--slices is 0"]),
         (["--topology=v5e:2x2", "--max_draft=0"], ["--max_draft is 0"]),
         (["--topology=v5e:2x2", "--controller=cost_aware"], ["'cost_aware'", "expected"]),
         (["--topology=v5e:2x2", "--what=nothing"], ["'nothing'", "distill"]),

@@ -20,6 +20,7 @@ from eesd_jax.errors import UserError
 WHAT = ("distill", "decode", "all")
 experiment.define_config_flag()
 flags.DEFINE_string("topology", None, "The slice: v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, with the chips along each dimension.")
+flags.DEFINE_integer("slices", 1, "How many such slices, joined by a network; mesh.data lies across them.")
 flags.DEFINE_string("what", "distill", f"What to plan for: {', '.join(WHAT)}.")
 flags.DEFINE_float("tokens", None, "Tokens to train on; default: those of the config's steps.")
 flags.DEFINE_integer("batch_size", DecodeConfig.batch_size, "Rows decoded at once.")
@@ -42,7 +43,7 @@ ENVIRONMENT = {
 def main(argv: Sequence[str]) -> None:
     del argv
     config = experiment.config_from_flags()
-    for name in ("batch_size", "prompt_tokens", "max_new_tokens", "max_draft"):
+    for name in ("slices", "batch_size", "prompt_tokens", "max_new_tokens", "max_draft"):
         if FLAGS[name].value < 1:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= 1")
     if FLAGS.tokens is not None and not 0 < FLAGS.tokens < float("inf"):
@@ -60,12 +61,13 @@ def main(argv: Sequence[str]) -> None:
     from eesd_jax.report import table
     from eesd_jax.weights.known import find_config
 
-    where, model = slices.find_slice(FLAGS.topology), find_config(config.model)
+    where, model = slices.find_slice(FLAGS.topology, FLAGS.slices), find_config(config.model)
     shape = plan.DecodeShape(FLAGS.batch_size, FLAGS.prompt_tokens, FLAGS.max_new_tokens, FLAGS.max_draft, spec)
     tokens = FLAGS.tokens or float(config.steps * config.batch_size * config.data.sequence_length)
+    name = FLAGS.topology if FLAGS.slices == 1 else f"{FLAGS.slices} x {FLAGS.topology}"
     columns, problems = {}, []
     try:
-        with cli.notice(f"compiling for {FLAGS.topology} ..."):
+        with cli.notice(f"compiling for {name} ..."):
             for program in plan.compile_programs(config, model, where, shape, FLAGS.what):
                 columns[program.name] = plan.describe(program, where, tokens)
                 if problem := plan.find_problem(program, where):
@@ -74,10 +76,10 @@ def main(argv: Sequence[str]) -> None:
         problems.append(str(error))
     if columns:
         rows = dict.fromkeys(row for column in columns.values() for row in column)
-        title = f"{config.model} on {FLAGS.topology}, {len(where.devices)} chips"
+        title = f"{config.model} on {name}, {len(where.devices)} chips"
         print(table((title, *columns), [(row, *(column.get(row, "") for column in columns.values())) for row in rows]))
     if problems:
-        print(f"{FLAGS.topology} is too small: {'; '.join(problems)}", file=sys.stderr)
+        print(f"{name} is too small: {'; '.join(problems)}", file=sys.stderr)
         sys.exit(1)
 
 
