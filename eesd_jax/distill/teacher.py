@@ -8,6 +8,7 @@ Axes: B rows, T tokens, D hidden, V vocabulary, K kept tokens.
 import json
 import pathlib
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama
+
+_SECONDS_TO_FLUSH = 60  # the most that a kill costs of a cache
 
 
 class Trunk(NamedTuple):
@@ -176,7 +179,7 @@ class FeatureCache:
 
     def fill(self, rows: Rows, batch_size: int, compute: Callable[[Batch], Features]) -> Iterator[int]:
         """Writes what is missing; yields the number of rows written so far, after each batch."""
-        last_flushed = self.rows
+        last_flushed, flushed_at = self.rows, time.monotonic()
         while not self.complete:
             chosen = range(self.rows, min(self.rows + batch_size, self._count))
             parts = [rows[i] for i in chosen]
@@ -193,12 +196,13 @@ class FeatureCache:
                         "expected cache.dtype='float32', or cache.enabled=False"
                     )
             self.rows = chosen.stop
-            if self.complete or self.rows - last_flushed >= 64 * batch_size:
+            much = self.rows - last_flushed >= 64 * batch_size or time.monotonic() - flushed_at >= _SECONDS_TO_FLUSH
+            if self.complete or much:
                 # Rows count as done only when they are on disk.
                 for array in self._arrays.values():
                     array.flush()
                 _write_whole(self._folder / "rows_done", str(self.rows))
-                last_flushed = self.rows
+                last_flushed, flushed_at = self.rows, time.monotonic()
             yield self.rows
 
     def read(self, rows: np.ndarray, width: int) -> Features:
