@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-demo parity report lint clean
+.PHONY: demo test test-slow test-demo test-notebooks parity report lint clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
@@ -18,6 +18,10 @@ test-slow: $(VENV)/.installed-test
 # The tests that need the built-in model.
 test-demo: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m demo
+
+# Executes the notebooks, on a tiny model.
+test-notebooks: $(VENV)/.installed-notebooks
+	$(BIN)/python -m pytest -m notebooks
 
 # Compares with transformers + PyTorch (CPU).
 parity: $(VENV)/.installed-parity
@@ -42,7 +46,7 @@ $(VENV)/.installed-run: pyproject.toml | $(BIN)/python
 	touch $@
 
 $(VENV)/.installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test$(if $(filter parity,$*),$(comma)parity)]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test$(if $(filter-out test,$*),$(comma)$*)]"
 	touch $@ $(VENV)/.installed-run
 
 comma := ,

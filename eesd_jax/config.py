@@ -266,7 +266,7 @@ class DraftConfig:
 
     exit_layer: int
     max_draft: int = 8
-    verify_widths: tuple[int, ...] = (1, 2, 3, 5, 9, 17)
+    verify_widths: tuple[int, ...] = (1, 2, 3, 4, 5, 9, 17)
     longest_match: int = 0
 
     @property
