@@ -12,6 +12,15 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_a_module():
+    """Compiled programs go with the module that used them: each holds dozens of memory maps, and Linux gives a process 65,530."""
+    yield
+    import jax
+
+    jax.clear_caches()
+
+
 @pytest.fixture(params=["this machine's", "narrow"])
 def registers(request, monkeypatch):
     """Kernels as they are compiled for this machine, and as for one without AVX-512."""
