@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --shape=tiny --batch_sizes=1,2 --rows=2 --sequence_length=64     # anywhere, in a minute
 
 Plain decoding against the time to read all weights once at the bandwidth that copying reaches in the same run; rounds by the number of
-drafts against that bound, too; a step of distillation as a share of the data sheet's peak (of a measured product of matrices where there is
+drafts, in plain steps; a step of distillation as a share of the data sheet's peak (of a measured product of matrices where there is
 no data sheet); a real model end to end, if --model is given; transformers + PyTorch `generate` on the same shape, where torch sees a GPU.
 """
 
@@ -18,21 +18,22 @@ import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from stand_in import untrained_drafter
 
 import eesd_jax
 from eesd_jax import cli, cost_table, report
-from eesd_jax.config import LONGEST_MATCH, DecodeConfig, DraftConfig, LossConfig, ModelConfig, OptimizerConfig, SamplingConfig
-from eesd_jax.decode.controllers import Calibration
+from eesd_jax.config import LONGEST_MATCH, DecodeConfig, LossConfig, ModelConfig, OptimizerConfig, SamplingConfig
 from eesd_jax.distill import step, teacher
 from eesd_jax.distill.data import Batch
-from eesd_jax.engine import Drafter, Engine
+from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.hardware import cpu_name, find_chip
-from eesd_jax.model import exit_branch, llama, sharding
+from eesd_jax.model import llama, sharding
 from eesd_jax.weights import known, tiny
 from eesd_jax.weights.load import LoadedModel
 
@@ -86,7 +87,7 @@ def random_params(config: ModelConfig, dtype: jnp.dtype) -> llama.Params:
         return normal(key, leaf.shape, leaf.shape[1] ** -0.5)
 
     normal = jax.jit(lambda key, shape, scale: (scale * jax.random.normal(key, shape, dtype)).astype(dtype), static_argnums=1)
-    shapes = sharding.nn.meta.unbox(sharding.abstract_params(config))
+    shapes = nn.meta.unbox(sharding.abstract_params(config))
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
@@ -94,10 +95,8 @@ def make_engine(config: ModelConfig, dtype: jnp.dtype) -> Engine:
     """Of random weights, whose texts do not end; an eighth of its blocks drafts, with a branch that was never trained."""
     params = random_params(config, dtype)
     model = LoadedModel(config, params, tiny.tokenizer(), ())
-    exit_layer = max(1, config.num_layers // 8)
-    branch = exit_branch.init_exit_branch(config, params, exit_layer, "next")
-    draft = DraftConfig(exit_layer, FLAGS.max_draft, longest_match=LONGEST_MATCH)
-    return Engine(model, DecodeConfig(max_new_tokens=NEW_TOKENS), Drafter(branch, draft, Calibration(), trained=False))
+    drafter = untrained_drafter(model, FLAGS.max_draft, LONGEST_MATCH, exit_layer=max(1, config.num_layers // 8))
+    return Engine(model, DecodeConfig(max_new_tokens=NEW_TOKENS), drafter)
 
 
 def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, Any]:
@@ -129,7 +128,7 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
 
 def measure_training(engine: Engine, dtype: jnp.dtype) -> dict[str, Any]:
     """A step of online distillation; the engine's blocks are used up."""
-    config, draft_vocab = engine.model.config, engine.model.config.vocab_size
+    config = engine.model.config
     branch = jax.tree.map(jnp.copy, engine.drafter.branch)
     trunk = teacher.split_trunk(config, engine.model.params, engine.drafter.draft.exit_layer)
     options = step.StepConfig(config, LossConfig(chunk=128), OptimizerConfig(), 1000, online=True)
@@ -147,7 +146,7 @@ def measure_training(engine: Engine, dtype: jnp.dtype) -> dict[str, Any]:
         return metrics
 
     seconds = median_seconds(train)
-    flops = step.position_flops(config, draft_vocab, online=True, train_head=False) * math.prod(shape)
+    flops = step.position_flops(config, branch.draft_ids.size, online=True, train_head=False) * math.prod(shape)
     chip = find_chip(jax.devices()[0].device_kind)
     peak = chip.flops if chip else matrix_rate(dtype)
     return {

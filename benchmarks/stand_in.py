@@ -12,8 +12,8 @@ EXIT_LAYER = 4
 DRAFT_VOCAB = 8192
 
 
-def untrained_drafter(model: LoadedModel, max_draft: int, longest_match: int = 0) -> Drafter:
-    """A copy of block N + 1 behind block N = 4 that can draft 8,192 tokens; lookup beside it, if `longest_match` is not 0."""
+def untrained_drafter(model: LoadedModel, max_draft: int, longest_match: int = 0, exit_layer: int = EXIT_LAYER) -> Drafter:
+    """A copy of block N + 1 behind block N that can draft 8,192 tokens; lookup beside it, if `longest_match` is not 0."""
     ids = np.arange(min(DRAFT_VOCAB, model.config.vocab_size))
-    branch = init_exit_branch(model.config, model.params, EXIT_LAYER, "next", ids)
-    return Drafter(branch, DraftConfig(EXIT_LAYER, max_draft, longest_match=longest_match), Calibration(), trained=False)
+    branch = init_exit_branch(model.config, model.params, exit_layer, "next", ids)
+    return Drafter(branch, DraftConfig(exit_layer, max_draft, longest_match=longest_match), Calibration(), trained=False)

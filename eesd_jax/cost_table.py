@@ -115,7 +115,7 @@ def _shape(engine: "Engine", batch: int) -> str:
             os.cpu_count(),
             jax.__version__,
             model.config,
-            mesh and mesh.shape,
+            None if mesh is None else dict(mesh.shape),
             drafter.draft,
             weights,
             batch,

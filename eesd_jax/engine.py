@@ -11,12 +11,12 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from eesd_jax import control, cost_table
 from eesd_jax.config import (
@@ -363,7 +363,7 @@ class Engine:
                 config,
                 self.params,
                 self.branch if drafter else None,
-                *self._place_rows(tokens, lengths, limits, keys),
+                *self._place_rows((tokens, lengths, limits, keys)),
                 exit_layer=drafter.draft.exit_layer if drafter else config.num_layers,
                 capacity=capacity,
                 chunk=options.prompt_buckets[-1],
@@ -371,15 +371,14 @@ class Engine:
         if controller is None:
             return state
         state = _start_drafting(state, exit_cache, controller)
-        # What it adds lies where the rest of a row does: with other arguments the program would be compiled again.
-        leaves, structure = jax.tree.flatten(state.draft._replace(exit_cache=None))
-        added = jax.tree.unflatten(structure, self._place_rows(*leaves))
+        # What it adds lies where the rest of a row does: for arrays that lie elsewhere the program would be compiled again.
+        added = self._place_rows(state.draft._replace(exit_cache=None))
         return state._replace(draft=added._replace(exit_cache=state.draft.exit_cache))
 
     def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
         """Runs up to `max_steps` steps (rounds); `state` is used up."""
         model = self.model
-        settings = Sampling(*self._place_rows(*_sampling_arrays(sampling, state.length.shape[0])))
+        settings = _sampling_arrays(sampling, state.length.shape[0], self._rows_home)
         eos_ids, steps = jnp.array(model.eos_ids, jnp.int32), jnp.int32(max_steps)
         with cpu_calls.on_mesh(self._on_mesh):
             if controller is None:
@@ -400,9 +399,15 @@ class Engine:
         """Into how many parts the rows of a batch are split."""
         return 1 if self._mesh is None else self._mesh.shape["data"]
 
-    def _place_rows(self, *arrays: np.ndarray | jax.Array) -> Sequence[np.ndarray | jax.Array]:
-        """Arrays [B, ...], each row on the devices that decode it."""
-        return arrays if self._row_shares == 1 else jax.device_put(arrays, sharding.decode_rows_home(self._mesh))
+    @property
+    def _rows_home(self) -> NamedSharding | None:
+        """Where rows lie, if they are spread."""
+        return None if self._row_shares == 1 else sharding.decode_rows_home(self._mesh)
+
+    def _place_rows(self, tree: Any) -> Any:
+        """A pytree of arrays [B, ...], each row on the devices that decode it."""
+        home = self._rows_home
+        return tree if home is None else jax.device_put(tree, home)
 
 
 def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) -> tuple[int, int]:
@@ -416,12 +421,12 @@ def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) 
 
 
 @functools.cache
-def _sampling_arrays(config: SamplingConfig, batch: int) -> Sampling:
+def _sampling_arrays(config: SamplingConfig, batch: int, home: NamedSharding | None) -> Sampling:
     return Sampling(
-        temperature=jnp.full(batch, config.temperature, jnp.float32),
-        top_k=jnp.full(batch, config.top_k, jnp.int32),
-        top_p=jnp.full(batch, config.top_p, jnp.float32),
-        min_p=jnp.full(batch, config.min_p, jnp.float32),
+        temperature=jnp.full(batch, config.temperature, jnp.float32, device=home),
+        top_k=jnp.full(batch, config.top_k, jnp.int32, device=home),
+        top_p=jnp.full(batch, config.top_p, jnp.float32, device=home),
+        min_p=jnp.full(batch, config.min_p, jnp.float32, device=home),
     )
 
 

@@ -16,7 +16,7 @@ _DIMENSIONS = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2}  # of the torus
 
 
 class Slice(NamedTuple):
-    """A TPU slice, or several. devices: compile-only, one a chip. chip: its data sheet. links: of a chip, that all chips of it have."""
+    """One or several TPU slices. devices: compile-only, one a chip. chip: its data sheet. links: of the chip that has the fewest."""
 
     devices: Sequence[jax.Device]
     chip: Chip
@@ -34,7 +34,10 @@ def parse_topology(topology: str) -> tuple[str, list[int]]:
 
 
 def find_slice(topology: str, count: int = 1) -> Slice:
-    """The chips of a slice by its name, or of several of them that a network joins; none need be there.
+    """The chips of a slice by its name; none need be there.
+
+    Args:
+      count: how many such slices, which a network joins.
 
     Raises:
       UserError: no such topology, or no libtpu to compile with.

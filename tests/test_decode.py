@@ -124,7 +124,7 @@ def test_caches_stay_in_place(lm: Engine, batch: int):
     ones, keys = jnp.ones(batch, jnp.int32), jax.random.split(jax.random.key(0), batch)
     prompt = jnp.zeros((batch, 8), jnp.int32)
     state, _ = engine._prefill(config, lm.model.params, None, prompt, ones, 2 * ones, keys, exit_layer=3, capacity=capacity, chunk=16)
-    settings = engine._sampling_arrays(SamplingConfig(), batch)
+    settings = engine._sampling_arrays(SamplingConfig(), batch, None)
     program = engine._decode_plain.lower(config, jnp.zeros(1, jnp.int32), lm.model.params, settings, state, jnp.int32(1)).compile()
     shapes = {str(list(leaf.shape)).replace(" ", "") for leaf in jax.tree.leaves(state.cache)}
     copied = re.findall(r"= f32(\[[\d,]+\])\S* copy(?:-start)?\(", program.as_text())

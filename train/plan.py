@@ -64,10 +64,10 @@ def main(argv: Sequence[str]) -> None:
     where, model = slices.find_slice(FLAGS.topology, FLAGS.slices), find_config(config.model)
     shape = plan.DecodeShape(FLAGS.batch_size, FLAGS.prompt_tokens, FLAGS.max_new_tokens, FLAGS.max_draft, spec)
     tokens = FLAGS.tokens or float(config.steps * config.batch_size * config.data.sequence_length)
-    name = FLAGS.topology if FLAGS.slices == 1 else f"{FLAGS.slices} x {FLAGS.topology}"
+    target = FLAGS.topology if FLAGS.slices == 1 else f"{FLAGS.slices} x {FLAGS.topology}"
     columns, problems = {}, []
     try:
-        with cli.notice(f"compiling for {name} ..."):
+        with cli.notice(f"compiling for {target} ..."):
             for program in plan.compile_programs(config, model, where, shape, FLAGS.what):
                 columns[program.name] = plan.describe(program, where, tokens)
                 if problem := plan.find_problem(program, where):
@@ -76,10 +76,10 @@ def main(argv: Sequence[str]) -> None:
         problems.append(str(error))
     if columns:
         rows = dict.fromkeys(row for column in columns.values() for row in column)
-        title = f"{config.model} on {name}, {len(where.devices)} chips"
+        title = f"{config.model} on {target}, {len(where.devices)} chips"
         print(table((title, *columns), [(row, *(column.get(row, "") for column in columns.values())) for row in rows]))
     if problems:
-        print(f"{name} is too small: {'; '.join(problems)}", file=sys.stderr)
+        print(f"{target} is too small: {'; '.join(problems)}", file=sys.stderr)
         sys.exit(1)
 
 

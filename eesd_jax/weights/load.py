@@ -55,7 +55,7 @@ class TensorSource(Protocol):
 
 
 class Readable(Protocol):
-    """A tensor, in memory or in a file, of which parts can be taken."""
+    """A tensor in its stored dtype, in memory or in a file, of which parts are taken: a slice for each axis; UserError where it fails."""
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
