@@ -27,13 +27,14 @@ from stand_in import untrained_drafter
 
 import eesd_jax
 from eesd_jax import cli, cost_table, report
-from eesd_jax.config import LONGEST_MATCH, DecodeConfig, LossConfig, ModelConfig, OptimizerConfig, SamplingConfig
+from eesd_jax.config import LONGEST_MATCH, DecodeConfig, LossConfig, OptimizerConfig, SamplingConfig
 from eesd_jax.distill import step, teacher
 from eesd_jax.distill.data import Batch
 from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.hardware import cpu_name, find_chip
 from eesd_jax.model import llama, sharding
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights import known, tiny
 from eesd_jax.weights.load import LoadedModel
 

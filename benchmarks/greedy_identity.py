@@ -25,7 +25,7 @@ from absl import flags
 
 import eesd_jax
 from eesd_jax import benchmark, cli, control, report
-from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ModelConfig
+from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig
 from eesd_jax.cost_table import RoundCosts, code_fingerprint
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.engine import Drafter, Engine
@@ -33,6 +33,7 @@ from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.journal import Answer, Journal, Run
 from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, init_exit_branch
 from eesd_jax.prompts import read_prompts
 

@@ -3,8 +3,9 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from eesd_jax.config import DecodeConfig, ModelConfig, SamplingConfig
+from eesd_jax.config import DecodeConfig, SamplingConfig
 from eesd_jax.errors import UserError
+from eesd_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from eesd_jax.engine import Engine, load

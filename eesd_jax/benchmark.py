@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from eesd_jax import cost_table
-from eesd_jax.config import ModelConfig, SamplingConfig
+from eesd_jax.config import SamplingConfig
 from eesd_jax.control import PLAIN
 from eesd_jax.conversations import encode
 from eesd_jax.decode.arms import ForcedArms
@@ -34,6 +34,7 @@ from eesd_jax.errors import UserError
 from eesd_jax.hardware import cpu_name
 from eesd_jax.journal import EXCUSED_GAP, Answer, Costs, Divergence, Journal, Run
 from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.prompts import Conversation
 from eesd_jax.weights.branch_folder import fingerprint
 

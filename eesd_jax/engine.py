@@ -19,16 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from eesd_jax import control, cost_table
-from eesd_jax.config import (
-    ARMS,
-    DEFAULT_CONTROLLER,
-    LONGEST_MATCH,
-    ControllerConfig,
-    DecodeConfig,
-    DraftConfig,
-    ModelConfig,
-    SamplingConfig,
-)
+from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, LONGEST_MATCH, ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.decode.sampling import Sampling
@@ -36,6 +27,7 @@ from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.model import cpu_calls, llama, sharding
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, with_codes
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import branch_folder, hub

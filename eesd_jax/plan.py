@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eesd_jax import control, engine, hlo
-from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig, ModelConfig
+from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig
 from eesd_jax.control import ControllerSpec
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.decode.sampling import Sampling
@@ -28,6 +28,7 @@ from eesd_jax.distill.data import Batch
 from eesd_jax.distill.layout import make_layout
 from eesd_jax.distill.loss import TopTokens
 from eesd_jax.model import cpu_calls, exit_branch, llama, sharding
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.slices import Slice
 
 DISTILL = "distill step"

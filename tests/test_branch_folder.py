@@ -18,10 +18,10 @@ import tiny
 from safetensors.numpy import load_file, save_file
 
 import eesd_jax
-from eesd_jax.config import ModelConfig, RopeConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama, sharding
+from eesd_jax.model.config import ModelConfig, RopeConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights import branch_folder, hub
 from eesd_jax.weights.branch_folder import INFO_NAME, TENSORS_NAME, config_hash, describe, fingerprint, load_branch, save_branch

@@ -6,10 +6,11 @@ import tiny
 
 import eesd_jax
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
-from eesd_jax.config import LONGEST_MATCH, ControllerConfig, ModelConfig
+from eesd_jax.config import LONGEST_MATCH, ControllerConfig
 from eesd_jax.control import build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.model.sharding import make_mesh
 from eesd_jax.weights import branch_folder

@@ -6,8 +6,8 @@ import pytest
 import tiny
 import transformers
 
-from eesd_jax.config import SUPPORTED_ARCHITECTURES, ModelConfig
 from eesd_jax.errors import UserError
+from eesd_jax.model.config import SUPPORTED_ARCHITECTURES, ModelConfig
 
 
 @pytest.mark.parametrize("model_type", SUPPORTED_ARCHITECTURES)

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import cache as kv
 from eesd_jax.model import llama, sharding
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import (
     ExitBranch,
     abstract_exit_branch,

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import transformers
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.model import cache as kv
 from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.load import load_params
 from eesd_jax.weights.safetensors import INDEX_NAME, SafetensorsSource
 

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eesd_jax.config import RopeConfig
 from eesd_jax.model import rope
+from eesd_jax.model.config import RopeConfig
 
 HEAD_DIM = 32
 KINDS = {

@@ -17,8 +17,8 @@ import pytest
 import tiny
 from gguf import GGMLQuantizationType as GGMLType
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.model import llama, rope, sharding
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.gguf import GGUFSource
 from eesd_jax.weights.load import load_model, load_params
 from eesd_jax.weights.safetensors import SafetensorsSource

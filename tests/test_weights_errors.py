@@ -15,8 +15,8 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from eesd_jax.config import SUPPORTED_ARCHITECTURES
 from eesd_jax.errors import UserError
+from eesd_jax.model.config import SUPPORTED_ARCHITECTURES
 from eesd_jax.weights import hub
 from eesd_jax.weights.gguf import GGUFSource
 from eesd_jax.weights.load import load_model

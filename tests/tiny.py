@@ -21,8 +21,8 @@ from safetensors.numpy import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.load import LoadedModel, load_params
 
 VOCAB_SIZE = 320

@@ -10,11 +10,11 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
 from eesd_jax.model import cache as kv
 from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, run_exit_block
 
 

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.config import DraftConfig, ModelConfig
+from eesd_jax.config import DraftConfig
 from eesd_jax.decode import verify
 from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.lookup import look_up
@@ -31,6 +31,7 @@ from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, DraftState, RoundLog, empty_log
 from eesd_jax.model import cache as kv
 from eesd_jax.model import exit_branch, llama
+from eesd_jax.model.config import ModelConfig
 
 
 class _Drafting(NamedTuple):

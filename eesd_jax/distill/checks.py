@@ -7,9 +7,10 @@ import jax
 from etils import epath
 
 from eesd_jax import experiment
-from eesd_jax.config import ExperimentConfig, ModelConfig
+from eesd_jax.config import ExperimentConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import exit_branch
+from eesd_jax.model.config import ModelConfig
 
 # Fields that may differ between the parts of one run: where it runs, what it shows, and what made the data (which has a fingerprint).
 _FREE_FIELDS = ("output_dir", "mesh", "checkpoint", "evaluation", "self_generate", "data.path", "cache.path")

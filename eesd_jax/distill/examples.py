@@ -21,8 +21,8 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from transformers import PreTrainedTokenizerBase
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.branch_folder import config_hash
 
 DATASET_NAME = "self_generated"

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eesd_jax.config import DraftConfig, ModelConfig, RefillConfig
+from eesd_jax.config import DraftConfig, RefillConfig
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.sampling import Sampling
@@ -30,6 +30,7 @@ from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
 from eesd_jax.engine import Engine
 from eesd_jax.model import cache as kv
 from eesd_jax.model import llama, sharding
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
 
 _CAPACITY_STEP = 64

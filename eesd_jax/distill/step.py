@@ -13,13 +13,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eesd_jax.config import ExperimentConfig, LossConfig, ModelConfig, OptimizerConfig
+from eesd_jax.config import ExperimentConfig, LossConfig, OptimizerConfig
 from eesd_jax.distill import loss as losses
 from eesd_jax.distill import teacher
 from eesd_jax.distill.data import Batch
 from eesd_jax.distill.layout import Layout
 from eesd_jax.distill.teacher import Features, Trunk
 from eesd_jax.model import llama, rope
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
 
 

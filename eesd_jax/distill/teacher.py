@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
 
 _SECONDS_TO_FLUSH = 60  # the most that a kill costs of a cache
 

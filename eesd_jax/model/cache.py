@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.config import ModelConfig
+from eesd_jax.model.config import ModelConfig
 
 
 class KVCache(NamedTuple):

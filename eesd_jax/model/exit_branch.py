@@ -15,10 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import cpu_codes, llama, rope, sharding
 from eesd_jax.model.cache import KVCache
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
 
 STARTS = ("last", "next", "zero")

@@ -20,9 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows, rope
 from eesd_jax.model.cache import KVCache
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
 
 Params = dict[str, Any]

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eesd_jax.config import RopeConfig
+from eesd_jax.model.config import RopeConfig
 
 
 class Rotation(NamedTuple):

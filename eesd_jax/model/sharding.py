@@ -10,9 +10,9 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
 
 MESH_AXES = ("data", "fsdp", "tensor")
 LOGICAL_AXIS_RULES = (

@@ -23,9 +23,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceShardin
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import exit_branch, llama
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
 from eesd_jax.weights import hub, safetensors
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
-from eesd_jax.config import ModelConfig
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights import gguf, hub, safetensors, tiny
 
 # What their config.json says, as far as `ModelConfig.from_hf` reads it, by hub id: the models of configs/ are gated.

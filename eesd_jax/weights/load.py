@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
-from eesd_jax.config import ModelConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import cpu_calls, llama, sharding
+from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
 

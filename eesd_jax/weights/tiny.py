@@ -9,7 +9,7 @@ import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from eesd_jax.config import ModelConfig
+from eesd_jax.model.config import ModelConfig
 
 TINY_NAME = "tiny"
 _SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
