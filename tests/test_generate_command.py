@@ -1,10 +1,9 @@
-"""`infer/generate.py`: every mistake is one line and exit code 2 with nothing left behind; answers have the contract's form.
+"""`infer/generate.py`: answers have the contract's form, to one prompt, to a file of them, and in a chat.
 
-Most cases run the command in this process, a few as a process of its own, in a terminal, or interrupted.
+Most cases run the command in this process, a few as a process of its own, in a terminal, or interrupted. What is refused is in
+`test_generate_mistakes.py`, what drafts in `test_generate_speculation.py`.
 """
 
-import dataclasses
-import functools
 import json
 import os
 import pathlib
@@ -17,217 +16,33 @@ import threading
 import time
 
 import commands
+import generate_command
 import pytest
 import tiny
 from commands import Result, assert_refused
+from generate_command import CONTEXT, FIELDS, PROMPTS, read_output, write_prompts
 
-from eesd_jax import engine
 from eesd_jax.engine import Engine
-from eesd_jax.model.exit_branch import init_exit_branch
-from eesd_jax.weights.branch_folder import describe, save_branch
 
 SCRIPT = commands.ROOT / "infer" / "generate.py"
-FIELDS = [
-    *("id", "turn", "prompt", "text", "token_ids", "new_tokens"),
-    *("rounds", "drafted", "accepted", "tokens_per_round", "seconds", "finish_reason"),
-]
-CONTEXT = tiny.hf_config()["max_position_embeddings"]
-PROMPTS = ("hello", "the quick brown fox jumps", "a", "12 345\nlazy dog", "there: don't", "日本")
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch, commands.loaded("infer/generate.py") as module:
-        patch.setenv("EESD_JAX_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield module
+    with generate_command.loaded(tmp_path_factory.mktemp("cache")) as command:
+        yield command
 
 
 @pytest.fixture
 def run(command, monkeypatch, tmp_path):
     """Runs the command in this process, in an empty folder; as if with --exit_branch=none, which warns of nothing, and without lookup."""
     monkeypatch.chdir(tmp_path)
-    return functools.partial(commands.run, command, "--exit_branch=none", "--arms=exit")
+    return command
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
-    """Folders and files of models, whole and damaged."""
-    base = tmp_path_factory.mktemp("models")
-    hf = tiny.hf_config()
-    tiny.write_folder(base / "folder", hf, with_tokenizer=True)
-    whole = tiny.write_gguf(base / "whole.gguf", hf)
-    tiny.write_gguf(base / "no_template.gguf", hf, fields={"tokenizer.chat_template": None})
-    (base / "half.gguf").write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
-    truncated = tiny.write_folder(base / "truncated", hf, shards=2, with_tokenizer=True)
-    shard = truncated / "model-00002-of-00002.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-100])
-    no_weights = tiny.write_folder(base / "no_weights", hf, with_tokenizer=True)
-    (no_weights / "model.safetensors").unlink()
-    (base / "empty").mkdir()
-    (base / "notes.txt").write_text("no model")
-    return {path.name.removesuffix(".gguf"): str(path) for path in base.iterdir()}
-
-
-def write_prompts(records: list, name: str = "prompts.jsonl") -> str:
-    """A prompt file in the current folder."""
-    pathlib.Path(name).write_text("".join(json.dumps(record) + "\n" for record in records))
-    return name
-
-
-def read_output(text: str) -> list[dict]:
-    return [json.loads(line) for line in text.splitlines()]
-
-
-# What is wrong without a look at the model -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("arguments", "named"),
-    [
-        (["--temperature=-1"], ["temperature is -1.0", "expected a finite number >= 0"]),
-        (["--temperature=nan"], ["temperature is nan", "expected a finite number >= 0"]),
-        (["--top_k=-1"], ["top_k is -1", "expected an integer >= 0"]),
-        (["--top_p=0"], ["top_p is 0.0", "expected a number in (0, 1]"]),
-        (["--top_p=1.5"], ["top_p is 1.5", "expected a number in (0, 1]"]),
-        (["--min_p=1"], ["min_p is 1.0", "expected a number in [0, 1)"]),
-        (["--max_new_tokens=0"], ["--max_new_tokens is 0", "expected an integer >= 1"]),
-        (["--batch_size=0"], ["--batch_size is 0", "expected an integer >= 1"]),
-        (["--controller=nosuch"], ["--controller is 'nosuch'", "expected one of", "plain"]),
-        (["--controller=fixed:9"], ["--controller is 'fixed:9'", "max_draft, which is 8"]),
-        (["--controller=threshold:2"], ["--controller is 'threshold:2'", "expected a threshold from 0 to 1"]),
-        (["--controller=beta"], ["--controller is 'beta'", "--exit_branch is 'none'", "expected --controller=plain, or --exit_branch"]),
-        (
-            ["--controller=beta", "--exit_branch=auto", "--model=a/b"],
-            ["--controller is 'beta'", "none comes with model 'a/b'", "expected --controller=plain, or --exit_branch"],
-        ),
-        (["--max_draft=0"], ["--max_draft is 0", "expected an integer >= 1"]),
-        (["--compare"], ["--controller is 'cost_aware'", "needs an exit branch", "--exit_branch is 'none'"]),
-        (
-            ["--compare", "--exit_branch=auto", "--controller=plain"],
-            ["--compare is given with --controller=plain", "expected a controller"],
-        ),
-        (["--mesh=tensor"], ["--mesh is 'tensor'", "expected AXIS:SIZE", "tensor:4"]),
-        (["--mesh=tensor:0"], ["--mesh is 'tensor:0'", "expected AXIS:SIZE"]),
-        (["--mesh=tensor:2,tensor:2"], ["--mesh is 'tensor:2,tensor:2'", "at most once"]),
-        (["--mesh=pipeline:2"], ["--mesh is 'pipeline:2'", "each of data, fsdp, tensor"]),
-        (["--mesh=data:2"], ["--batch_size is 1", "expected a multiple of 2"]),
-        (["--mesh=tensor:9", "--model=tiny", "--controller=plain"], ["a mesh of 1 x 1 x 9 needs 9 devices; there are 8"]),
-        (["--stop="], ["--stop is ''", "expected some text"]),
-        (["--top_k=abc"], ["--top_k is 'abc'", "expected an integer"]),
-        (["--top_k=1.5"], ["--top_k is '1.5'", "expected an integer"]),
-        (["--temperature=hot"], ["--temperature is 'hot'", "expected a number"]),
-        (["--stream=maybe"], ["--stream is 'maybe'", "expected true or false"]),
-        (["--max_new_token=5"], ["'max_new_token'", "Did you mean", "max_new_tokens", "--help lists all flags"]),
-        (["--output"], ["Missing value for flag --output"]),
-        (["hello"], ["unexpected argument 'hello'", "expected --flag=value"]),
-        (["--prompts=good.jsonl"], ["--prompt is 'hi'", "--prompts is 'good.jsonl'", "expected only one"]),
-        (["--prompt="], ["--prompt is ''", "expected a text"]),
-        (["--prompt= \n"], ["--prompt is", "expected a text"]),
-        (["--prompt=a\udcff"], [r"--prompt is 'a\udcff'", "expected a text"]),
-        (["--output=nosuch/out.jsonl"], ["cannot write 'nosuch/out.jsonl'", "No such file or directory", "expected a file in a folder"]),
-        (["--output=."], ["cannot write '.'", "it is a folder"]),
-    ],
-    ids=lambda value: value[0].partition("\n")[0] if value[0].isascii() else "surrogate",
-)
-def test_bad_flags_are_refused_before_the_model_is_loaded(run, monkeypatch, arguments, named):
-    monkeypatch.setattr(engine, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    write_prompts([{"prompt": "hi"}], "good.jsonl")
-    assert_refused(run("--prompt=hi", *arguments), *named)
-    assert os.listdir() == ["good.jsonl"]
-
-
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (None, ["'prompts.jsonl'", "no such file"]),
-        ("", ["'prompts.jsonl' is empty", "expected one JSON object a line"]),
-        ("\n\n", ["'prompts.jsonl' is empty"]),
-        ('{"prompt": "a"}\n{"prompt": "b"\n', ["'prompts.jsonl', line 2: not valid JSON", "expected"]),
-        ('{"prompt": "a"}\n\n{"turns": []}\n', ["line 3", "turns is empty"]),
-    ],
-    ids=["missing", "empty", "blank", "bad_json", "no_turns"],
-)
-def test_bad_prompt_files_are_refused_before_the_model_is_loaded(run, monkeypatch, content, named):
-    monkeypatch.setattr(engine, "load", lambda *_, **__: pytest.fail("the model was loaded"))
-    if content is not None:
-        pathlib.Path("prompts.jsonl").write_text(content)
-    before = os.listdir()
-    assert_refused(run("--prompts=prompts.jsonl", "--output=out.jsonl"), *named)
-    assert os.listdir() == before
-
-
-def test_the_prompt_file_is_not_overwritten_by_the_output(run):
-    prompts = write_prompts([{"prompt": "a"}])
-    assert_refused(run(f"--prompts={prompts}", f"--output={os.path.abspath(prompts)}"), "--output is", "expected another file")
-    assert pathlib.Path(prompts).read_text() == '{"prompt": "a"}\n'
-
-
-def test_a_chat_cannot_go_without_a_template(run, models):
-    assert_refused(run("--nochat"), "--nochat is given without --prompt", "expected")
-    assert_refused(run(f"--model={models['no_template']}", stdin="hi\n"), "no chat template", "expected --prompt or --prompts")
-    for more in ("--prompt=hi", f"--prompts={write_prompts([{'prompt': 'hi'}])}"):
-        assert_refused(run(f"--model={models['no_template']}", "--chat", more), "--chat is given", "no chat template", "expected --nochat")
-
-
-# What the model shows ----------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("model", "named"),
-    [
-        ("nosuch/model", ["model 'nosuch/model'", "expected demo, an existing folder, a .gguf file or a hub id"]),
-        ("no-such-model", ["model 'no-such-model'", "expected demo, an existing folder, a .gguf file or a hub id"]),
-        ("bad//id", ["model 'bad//id'"]),
-        ("/nosuch/folder", ["model '/nosuch/folder'", "no such file or folder"]),
-        ("nosuch.gguf", ["model 'nosuch.gguf'", "no such file or folder"]),
-        ("{notes.txt}", ["notes.txt", "expected demo, a folder, a .gguf file or a hub id"]),
-        ("{empty}", ["empty", "config.json", "expected a Hugging Face model folder"]),
-        ("{no_weights}", ["no_weights", "no weights", "expected model.safetensors"]),
-        ("{truncated}", ["model-00002-of-00002.safetensors", "truncated"]),
-        ("{half}", ["half.gguf", "truncated"]),
-    ],
-)
-def test_bad_models_are_refused_and_leave_nothing(run, models, model, named):
-    name = models[model[1:-1]] if model.startswith("{") else model
-    assert_refused(run(f"--model={name}", "--prompt=hi", "--output=out.jsonl"), *named)
-    assert os.listdir() == []
-
-
-def test_unknown_dtype(run, models):
-    assert_refused(run(f"--model={models['whole']}", "--prompt=hi", "--dtype=int8"), "dtype is 'int8'", "expected float32 or bfloat16")
-
-
-def test_prompt_too_long_for_the_context(run, models):
-    result = run(f"--model={models['whole']}", f"--prompt={'9 ' * CONTEXT}", "--output=out.jsonl")
-    assert_refused(result, "prompt has", "tokens", f"context is {CONTEXT}")
-    assert os.listdir() == []
-
-
-@pytest.mark.parametrize("model", ["whole", "no_template"])
-@pytest.mark.parametrize(
-    ("record", "turn"),
-    [
-        ({"prompt": "9" * CONTEXT}, 1),
-        ({"turns": ["a", "b", "9" * CONTEXT, "c"]}, 3),
-        (
-            {
-                "messages": [
-                    {"role": "user", "content": "9" * CONTEXT},
-                    {"role": "assistant", "content": "a"},
-                    {"role": "user", "content": "b"},
-                ]
-            },
-            1,
-        ),
-    ],
-    ids=["prompt", "third_turn", "history"],
-)
-def test_a_record_that_can_not_fit_is_named_before_anything_is_generated(run, models, monkeypatch, model, record, turn):
-    monkeypatch.setattr(Engine, "generate_ids", lambda *_, **__: pytest.fail("something was generated"))
-    prompts = write_prompts([{"prompt": "a"}, record, {"prompt": "b"}])
-    result = run(f"--model={models[model]}", f"--prompts={prompts}", "--output=out.jsonl")
-    assert_refused(result, f"prompt file 'prompts.jsonl', line 2, turn {turn}: prompt has", f"context is {CONTEXT}")
-    assert os.listdir() == [prompts]
+    return generate_command.write_models(tmp_path_factory.mktemp("models"))
 
 
 # Answers -----------------------------------------------------------------------------------------------------------------------------
@@ -414,157 +229,6 @@ def test_help_lists_the_flags_of_this_command(run):
         assert f"\n  {flag} " in result.out
     assert max(map(len, result.out.splitlines())) <= 130
     assert "verbosity" not in result.out  # absl's own flags
-
-
-# Speculation -------------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def branches(tmp_path_factory) -> dict[str, str]:
-    """Folders of exit branches behind all blocks but one: a copy of that one, which drafts what the model would say, and others."""
-    base, config = tmp_path_factory.mktemp("branches"), tiny.config()
-    params = tiny.params(config)
-    branch = init_exit_branch(config, params, config.num_layers - 1, "last")
-    about = {"exit_layer": config.num_layers - 1, "start": "last", "calibration": (1.0, 0.0)}
-    for name, training in (("good", {"steps": 1}), ("untrained", {})):
-        save_branch(base / name, branch, describe(config, params, branch, training=training, **about))
-    other = describe(config, tiny.params(config, seed=1), branch, training={"steps": 1}, **about)
-    save_branch(base / "of_other_weights", branch, other)
-    save_branch(base / "of_another_size", branch, dataclasses.replace(other, hidden_size=64))
-    (base / "empty").mkdir()
-    return {path.name: str(path) for path in base.iterdir()}
-
-
-def speculating(models: dict[str, str], branch: str) -> list[str]:
-    """Arguments; all tests with them run the same compiled programs."""
-    return [f"--model={models['whole']}", f"--exit_branch={branch}", "--max_draft=2", "--max_new_tokens=24", "--controller=beta"]
-
-
-def test_nothing_is_compiled_twice(run, models, branches):
-    arguments = [*speculating(models, branches["good"]), "--prompt=hello", "--stream", "--temperature=0.7"]
-    programs = (engine._prefill, engine._start_drafting, engine._decode_speculative)
-    before = [program._cache_size() for program in programs]
-    text = run(*arguments).out  # many calls of the loop
-    compiled = [program._cache_size() for program in programs]
-    assert all(now <= earlier + 1 for now, earlier in zip(compiled, before, strict=True))
-    assert run(*arguments, f"--stop={text[3:5]}").out != text  # the host ends the row
-    assert [program._cache_size() for program in programs] == compiled
-
-
-def test_a_branch_changes_the_rounds_and_not_the_answers(run, models, branches):
-    arguments = [*speculating(models, branches["good"]), f"--prompts={write_prompts([{'turns': [p, 'a']} for p in PROMPTS[:3]])}"]
-    plain, result = run(*arguments, "--controller=plain"), run(*arguments)
-    ours = read_output(result.out)
-    for line, expected in zip(ours, read_output(plain.out), strict=True):
-        assert list(line) == FIELDS
-        unlike = {"rounds", "drafted", "accepted", "tokens_per_round", "seconds"}
-        assert {name: value for name, value in line.items() if name not in unlike} == {
-            name: value for name, value in expected.items() if name not in unlike
-        }
-        assert 0 < line["accepted"] == line["drafted"]
-        assert line["rounds"] < line["new_tokens"] <= line["rounds"] + line["accepted"]
-        assert line["tokens_per_round"] == line["new_tokens"] / line["rounds"]
-    rounds, tokens, drafted = (sum(line[name] for line in ours) for name in ("rounds", "new_tokens", "drafted"))
-    assert f"; {rounds} rounds, {tokens / rounds:.2f} tokens per round, {drafted} of {drafted} drafts accepted (100%)]\n" in result.err
-    assert "rounds" not in plain.err
-    assert result.err.count("\n") == plain.err.count("\n") == 1
-
-
-def test_an_untrained_branch_is_used_when_asked_for(run, models, branches):
-    arguments = [*speculating(models, branches["untrained"]), "--prompt=hello"]
-    plain, beta = run(*arguments, "--controller=plain"), run(*arguments)
-    assert plain.out == beta.out
-    assert "rounds" not in plain.err
-    assert re.search(r"tokens/s; \d+ rounds, \d\.\d\d tokens per round, (\d+) of \1 drafts accepted \(100%\); first token", beta.err)
-
-
-def test_lookup_drafts_without_a_branch_and_changes_no_answer(run, models):
-    arguments = [f"--model={models['whole']}", "--arms=lookup", "--max_draft=2", "--max_new_tokens=24", "--prompt=the fox the fox the fox"]
-    plain, drafted, default = (run(*arguments, f"--controller={name}") for name in ("plain", "fixed:2", "cost_aware"))
-    assert plain.out == drafted.out == default.out
-    assert re.search(r"; \d+ rounds, \d\.\d\d tokens per round, \d+ of [1-9]\d* drafts accepted \(\d+%\); first token", drafted.err)
-    assert_refused(
-        run(*arguments, "--controller=beta"), "--controller is 'beta', which needs the exit branch", "expected plain, fixed:K or cost_aware"
-    )
-
-
-def test_by_default_drafts_are_as_long_as_their_measured_cost_says(run, models, branches):
-    arguments = [
-        f"--model={models['whole']}",
-        f"--exit_branch={branches['good']}",
-        "--arms=exit,lookup",
-        "--max_new_tokens=24",
-        "--prompt=hello",
-    ]
-    result = run(*arguments)
-    assert result.out == run(*arguments, "--controller=plain").out
-    assert "tokens per round" in result.err
-
-
-def test_a_model_without_a_branch_is_decoded_plainly_with_a_warning(run, models, branches):
-    arguments = [f"--model={models['whole']}", "--max_new_tokens=24", "--prompt=hello"]
-    result = run(*arguments, "--exit_branch=auto", terminals="err")
-    assert result.code == 0
-    assert "warning: no exit branch comes with model" in result.err
-    assert result.err.replace("\r", "\n").count("warning") == 1
-    assert "warning" not in run(*arguments, "--exit_branch=auto", "--controller=plain").err
-    other = run(*speculating(models, branches["of_other_weights"]), "--prompt=hello")
-    assert other.out == result.out
-    assert other.err.startswith("warning: exit branch ")
-    assert "made for another model (its target's weight fingerprint is " in other.err
-    assert other.err.count("\n") == 2
-
-
-@pytest.mark.parametrize(
-    ("branch", "named"),
-    [
-        ("{of_another_size}", ["of_another_size", "hidden_size 64", "the model's is 32"]),
-        ("{empty}", ["empty", "no exit_branch.safetensors", "expected an exit branch"]),
-        ("./nosuch", ["exit branch './nosuch'", "no such folder", "expected auto, none, a folder"]),
-        ("nosuch/branch", ["exit branch 'nosuch/branch'", "expected auto, none, a folder"]),
-    ],
-)
-def test_bad_branches_are_refused_and_leave_nothing(run, models, branches, branch, named):
-    name = branches[branch[1:-1]] if branch.startswith("{") else branch
-    assert_refused(run(f"--model={models['whole']}", f"--exit_branch={name}", "--prompt=hi", "--output=out.jsonl"), *named)
-    assert os.listdir() == []
-
-
-@pytest.mark.parametrize("terminals", ["", "out"], ids=["piped", "terminal"])
-@pytest.mark.parametrize("branch", ["good", "untrained"])
-def test_compare_prints_one_answer_and_what_speculation_gained(run, models, branches, branch, terminals):
-    arguments = [*speculating(models, branches[branch]), "--prompt=hello"]
-    result = run(*arguments, "--compare", "--output=out.jsonl", terminals=terminals)
-    answer = run(*arguments, "--controller=plain").out
-    (line,) = read_output(pathlib.Path("out.jsonl").read_text())
-    assert (result.code, result.err) == (0, "")
-    assert result.out.startswith(answer + "\n")
-    lines = result.out.removeprefix(answer + "\n").splitlines()
-    plain, eesd = (
-        float(re.fullmatch(rf"{name}: +(\d+\.\d) tokens/s", text)[1]) for name, text in zip(("plain", "eesd"), lines, strict=False)
-    )
-    assert float(lines[2].removeprefix("ratio: ")) == pytest.approx(eesd / plain, abs=0.02)
-    assert lines[3:5] == [f"tokens per round: {line['tokens_per_round']:.2f}", "identical: yes"]
-    assert line["accepted"] > 0
-    untrained = ["The exit branch is untrained: no speed-up is to be expected of it."] if branch == "untrained" else []
-    assert lines[5:] == untrained
-
-
-def test_compare_says_when_answers_differ(run, models, branches, monkeypatch):
-    stream = Engine.stream
-
-    def one_less(engine, prompt, *, controller, **options):
-        end = yield from stream(engine, prompt, controller=controller, **options)
-        return dataclasses.replace(end, token_ids=end.token_ids[:-1]) if controller else end
-
-    monkeypatch.setattr(Engine, "stream", one_less)
-    arguments = [*speculating(models, branches["good"]), "--prompt=hello", "--compare"]
-    assert "\nidentical: no\n" in run(*arguments).out
-    assert "\nidentical: no (sampled: " in run(*arguments, "--temperature=1").out
-
-
-def test_compare_needs_a_prompt(run):
-    assert_refused(run("--compare", "--exit_branch=auto"), "--compare is given without --prompt", "expected --prompt")
 
 
 # Chat --------------------------------------------------------------------------------------------------------------------------------
