@@ -1,18 +1,26 @@
-"""Small experiments for tests of training: a dataset of random text, and a config that is done in a second once compiled.
+"""Small experiments for tests of training: a dataset of random text, a config that is done in a second once compiled, and its run.
 
 config = experiments.make_config(experiments.write_dataset(tmp_path / "dataset"), tmp_path / "run")
+run = experiments.prepare(config)
 """
 
 import dataclasses
+import json
 import pathlib
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from eesd_jax.config import ExperimentConfig
-from eesd_jax.distill import examples
-from eesd_jax.weights import tiny
-from eesd_jax.weights.branch_folder import config_hash
+from eesd_jax.distill import examples, trainer
+from eesd_jax.distill.layout import Layout
+from eesd_jax.distill.monitor import METRICS_NAME
+from eesd_jax.model import cpu_calls, exit_branch, sharding
+from eesd_jax.weights import branch_folder, tiny
+from eesd_jax.weights.load import LoadedModel, load_model
 
 NUM_TRAIN, NUM_VALIDATION = 40, 11
 
@@ -24,7 +32,7 @@ def write_dataset(folder: pathlib.Path, seed: int = 0, num_train: int = NUM_TRAI
         "model": tiny.TINY_NAME,
         "vocab_size": config.vocab_size,
         "tokenizer_hash": examples.tokenizer_hash(tokenizer),
-        "target_config_hash": config_hash(config),
+        "target_config_hash": branch_folder.config_hash(config),
     }
     rng = np.random.default_rng(seed)
 
@@ -59,3 +67,28 @@ def make_config(dataset: str, output: pathlib.Path, **changes: Any) -> Experimen
         checkpoint=dataclasses.replace(config.checkpoint, every=4),
     )
     return dataclasses.replace(config, **changes)
+
+
+def one_device(config: ExperimentConfig | None = None) -> Layout:
+    """The first device alone; stands in for `make_layout`."""
+    del config
+    return Layout(sharding.make_mesh(jax.devices()[:1]), 0, 1)
+
+
+def prepare(config: ExperimentConfig, layout: Layout | None = None) -> trainer.Run:
+    """A run that has loaded everything, but done nothing."""
+    layout = layout or one_device()
+    with cpu_calls.on_mesh(layout.mesh.size > 1):
+        model = load_model(config.model, jnp.dtype("float32"), layout.mesh)
+        return trainer.Run(config, epath.Path(config.output_dir), layout, model)
+
+
+def read_metrics(config: ExperimentConfig) -> list[dict[str, Any]]:
+    """The lines of a run, without what depends on the clock."""
+    lines = (pathlib.Path(config.output_dir) / METRICS_NAME).read_text().splitlines()
+    return [{name: value for name, value in json.loads(line).items() if name != "tokens_per_second"} for line in lines]
+
+
+def branch_of(config: ExperimentConfig, model: LoadedModel) -> exit_branch.ExitBranch:
+    """What a run exported."""
+    return branch_folder.load_branch(f"{config.output_dir}/exit_branch", model.config, model.params).branch
