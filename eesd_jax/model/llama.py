@@ -20,10 +20,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows, rope
+from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows, cpu_tiles, rope
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
+from eesd_jax.model.cpu_tiles import Tiles
 
 Params = dict[str, Any]
 
@@ -41,11 +42,12 @@ def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array
     return jnp.einsum(formula, x, y, precision=_precision(x.dtype), **kwargs)
 
 
-def linear(x: jax.Array, weight_OxI: jax.Array, codes: Codes | None = None, **kwargs: Any) -> jax.Array:
+def linear(x: jax.Array, weight_OxI: jax.Array, codes: Codes | Tiles | None = None, **kwargs: Any) -> jax.Array:
     """X [B, T, I] times a weight stored as [out, in]: [B, T, O]. Its codes, if given, are read in its place where that is faster."""
     rows = x.reshape(-1, x.shape[-1])
-    if cpu_codes.usable(rows.shape[0], codes):
-        return cpu_codes.rows_by_codes(rows, codes).reshape(*x.shape[:-1], -1)
+    if _reads_codes(rows.shape[0], codes):
+        by_codes = cpu_tiles.rows_by_tiles if isinstance(codes, Tiles) else cpu_codes.rows_by_codes
+        return by_codes(rows, codes).reshape(*x.shape[:-1], -1)
     if cpu_rows.usable(rows.shape[0], weight_OxI):
         return cpu_rows.rows_by_matrix(rows, weight_OxI).reshape(*x.shape[:-1], -1)
     if rows.shape[0] == 1 and cpu_calls.possible() and weight_OxI.shape[0] % _CPU_SPLITS == 0:
@@ -54,6 +56,11 @@ def linear(x: jax.Array, weight_OxI: jax.Array, codes: Codes | None = None, **kw
         repeated_CxRxI = jnp.broadcast_to(rows, (_CPU_SPLITS, *rows.shape))
         return einsum("cri,coi->cro", repeated_CxRxI, split_CxOxI, **kwargs).reshape(*x.shape[:-1], -1)
     return einsum("ri,oi->ro", rows, weight_OxI, **kwargs).reshape(*x.shape[:-1], -1)
+
+
+def _reads_codes(rows: int, codes: Codes | Tiles | None) -> bool:
+    """Whether `linear` multiplies so many rows by the codes."""
+    return cpu_calls.possible() if isinstance(codes, Tiles) else cpu_codes.usable(rows, codes)
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -149,7 +156,7 @@ class Block(nn.Module):
         weights = [self._weight(name, matrix, **of_weight, **axis) for name, of_weight in outputs.items()]
         codes = self.get_variable("params", _CODES, {})
         together = codes.get(_joined(outputs))
-        if cpu_codes.usable(math.prod(x.shape[:-1]), together):  # as one product: each has its price, however small
+        if _reads_codes(math.prod(x.shape[:-1]), together):  # as one product: each has its price, however small
             ends = itertools.accumulate(weight.shape[0] for weight in weights[:-1])
             return jnp.split(linear(x, weights[0], together), list(ends), axis=-1)
         return [linear(x, weight, codes.get(name)) for name, weight in zip(outputs, weights, strict=True)]
@@ -296,8 +303,8 @@ def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
     """Params that decode: the same weights, with those codes beside them.
 
     Args:
-      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing, with names of weights or as `join_codes` makes them;
-        None for params as they are.
+      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing, or tiles in their place, with names of weights or as
+        `join_codes` makes them; None for params as they are.
     """
     if codes is None:
         return params
@@ -305,7 +312,7 @@ def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
     return params | {"blocks": blocks, _HEAD_CODES: codes.get("head")}
 
 
-def block_with_codes(block: Params, codes: dict[str, Codes]) -> Params:
+def block_with_codes(block: Params, codes: dict[str, Codes | Tiles]) -> Params:
     """A block's params with codes beside them."""
     return block | {_CODES: codes}
 

@@ -14,9 +14,10 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerBase
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_calls, llama, sharding
+from eesd_jax.model import cpu_calls, cpu_tiles, llama, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
+from eesd_jax.model.cpu_tiles import Tiles
 from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
 
 # Our name -> Hugging Face name. Every tensor is stored with just our shape.
@@ -152,15 +153,18 @@ def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mes
 
 
 def load_codes(config: ModelConfig, source: gguf.GGUFSource) -> dict[str, Any]:
-    """The codes of every matrix that the file stores as such, in the structure that `llama.with_codes` takes."""
+    """The codes of every matrix that the file stores as such, in the structure and as this processor takes them: see `llama.with_codes`."""
 
     def read(names: dict[str, str]) -> dict[str, Codes]:
         found = {ours: source.codes(name) for ours, name in names.items()}
         return {ours: jax.tree.map(jnp.asarray, codes) for ours, codes in found.items() if codes is not None}
 
+    def arrange(codes: dict[str, Codes]) -> dict[str, Codes | Tiles]:
+        return {ours: cpu_tiles.from_codes(of_weight) for ours, of_weight in codes.items()}
+
     names = _source_names(nn.meta.unbox(sharding.abstract_params(config)))
     head = {"head": names["embed" if config.tie_embeddings else "lm_head"]}
-    return read(head) | {"blocks": tuple(llama.join_codes(read(block)) for block in names["blocks"])}
+    return arrange(read(head)) | {"blocks": tuple(arrange(llama.join_codes(read(block))) for block in names["blocks"])}
 
 
 def _source_names(abstract: llama.Params) -> llama.Params:
