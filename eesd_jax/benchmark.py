@@ -213,7 +213,7 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
     costs = cost_table.round_costs(engine, batch)
     endless = type(engine)(engine.model._replace(eos_ids=()), engine.decode_config, engine.drafter)
     prompts = [[i % engine.model.config.vocab_size for i in range(1, cost_table.PROMPT_TOKENS + 1)]] * batch
-    steps = 4 * cost_table.ROUNDS
+    steps = 2 * cost_table.ROUNDS
     budget = max(engine.decode_config.max_new_tokens, steps + 1)
     forced = ForcedArms() if engine.drafter.draft.longest_match else Forced()  # drafts nothing unless told to
     ratios = []
