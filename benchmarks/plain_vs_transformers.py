@@ -58,7 +58,10 @@ def stored_bytes(model: LoadedModel) -> int:
     codes = model.codes or {"blocks": [{} for _ in blocks]}
     if "head" in codes:
         weights |= {"embed" if model.config.tie_embeddings else "lm_head": codes["head"]}
-    weights["blocks"] = [block | of_block for block, of_block in zip(blocks, codes["blocks"], strict=True)]
+    for i, of_block in enumerate(codes["blocks"]):
+        coded = {name for names in of_block for name in names.split()}  # several may be stored together
+        blocks[i] = {name: weight for name, weight in blocks[i].items() if name not in coded} | of_block
+    weights["blocks"] = blocks
     return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
 
 
