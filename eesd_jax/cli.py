@@ -50,6 +50,12 @@ def define_model_flags() -> None:
         "several of them, as in data:2,tensor:4; default: one device.",
     )
     flags.DEFINE_list("arms", list(ARMS), "What drafts: exit (the branch), lookup (in the text so far, which needs no branch), or both.")
+    flags.DEFINE_string(
+        "ngrams",
+        "auto",
+        "A table of what the model wrote before, from which lookup drafts where the text has nothing: a file of train/ngrams.py, none, or "
+        "auto: the one that comes with the model, if there is one.",
+    )
     flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens to draft in a round.")
 
 
@@ -188,6 +194,7 @@ def load_from_flags() -> "Engine":
             exit_branch=exit_branch,
             max_draft=FLAGS.max_draft,
             arms=FLAGS.arms,
+            ngrams=FLAGS.ngrams,
         )
     if FLAGS.chat and not engine.has_chat_template:
         raise UserError(f"--chat is given, but model {FLAGS.model!r} has no chat template; expected --nochat (plain text) or a chat model")

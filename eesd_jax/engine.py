@@ -16,12 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax import control, cost_table
 from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, LONGEST_MATCH, ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.decode.ngrams import ORDER
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
@@ -30,7 +31,7 @@ from eesd_jax.model import cpu_calls, llama, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, with_codes
 from eesd_jax.streaming import TextStream
-from eesd_jax.weights import branch_folder, hub
+from eesd_jax.weights import branch_folder, hub, ngram_file
 from eesd_jax.weights.load import LoadedModel, load_model
 
 Messages = Sequence[dict[str, str]]
@@ -61,8 +62,9 @@ def _decode_speculative(
     sampling: Sampling,
     state: DecodeState,
     max_steps: jax.Array,
+    ngrams: jax.Array | None = None,
 ) -> DecodeState:
-    step = functools.partial(speculative.round_step, config, draft, controller, eos_ids, params, branch, sampling)
+    step = functools.partial(speculative.round_step, config, draft, controller, eos_ids, params, branch, sampling, ngrams_E=ngrams)
     return loop.decode(step, state, max_steps)
 
 
@@ -85,6 +87,7 @@ def load(
     exit_branch: str = "auto",
     max_draft: int = DraftConfig.max_draft,
     arms: Sequence[str] = ARMS,
+    ngrams: str = "auto",
 ) -> "Engine":
     """Loads a model and its exit branch, ready to generate.
 
@@ -97,6 +100,8 @@ def load(
         which it carries none (which is warned of).
       max_draft: the most tokens that a round may draft, at least 1.
       arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none.
+      ngrams: the file of n-grams that lookup goes on with where the text has nothing (train/ngrams.py); `none`; or `auto`: the one that
+        this package carries for the model, if there is one.
 
     Raises:
       UserError: the model or the branch cannot be found or used; the message says why.
@@ -119,11 +124,14 @@ def load(
     elif exit_branch != "none":
         folder = branch_folder.BranchFolder(branch_folder.find_branch(exit_branch))
     target = load_model(model, jnp.dtype(dtype), mesh)
-    draft = DraftConfig(0, max_draft, longest_match=longest_match)
+    table = None
+    if longest_match and ngrams != "none" and (file := ngram_file.shipped_ngrams(model) if ngrams == "auto" else ngrams):
+        table = ngram_file.load_ngrams(file, target.config.vocab_size)
+    draft = DraftConfig(0, max_draft, longest_match=longest_match, ngram_order=0 if table is None else ORDER)
     if folder is not None:
-        drafter = _read_drafter(folder, target, mesh, draft)
+        drafter = _read_drafter(folder, target, mesh, draft)._replace(ngrams=table)
     else:
-        drafter = Drafter(None, draft, Calibration(), trained=False) if longest_match else None
+        drafter = Drafter(None, draft, Calibration(), trained=False, ngrams=table) if longest_match else None
         if exit_branch == "auto":
             what = "drafts come from lookup alone" if longest_match else "decoding will be plain"
             warnings.warn(f"no exit branch comes with model {model!r}: {what}", stacklevel=2)
@@ -147,13 +155,15 @@ class Drafter(NamedTuple):
     """What drafts, and how.
 
     branch: the weights of the exit branch, None where only lookup drafts. draft: where the branch stands, and how much may be drafted.
-    calibration: of the branch's confidence. trained: whether it ever was.
+    calibration: of the branch's confidence. trained: whether it ever was. ngrams: the n-gram table that lookup goes on with, uint32 [E],
+    or None; see `decode/ngrams.py`.
     """
 
     branch: ExitBranch | None
     draft: DraftConfig
     calibration: Calibration
     trained: bool
+    ngrams: np.ndarray | None = None
 
 
 class Engine:
@@ -163,7 +173,7 @@ class Engine:
       model: the target.
       decode_config: defaults of generation and its buckets.
       drafter: what drafts, or None (then only plain decoding is to be had).
-      params, branch: the weights as programs take them: on a CPU with codes beside them.
+      params, branch, ngrams: the weights and the table as programs take them: weights on a CPU with codes beside them.
     """
 
     def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig(), drafter: Drafter | None = None):
@@ -172,6 +182,7 @@ class Engine:
         self.drafter = drafter
         self.params = llama.with_codes(model.params, model.codes)
         self.branch = drafter.branch if drafter else None
+        self.ngrams = None if drafter is None or drafter.ngrams is None else self._place_everywhere(drafter.ngrams)
         if self.branch is not None and self.branch.head.dtype == jnp.float32 and not self._on_mesh and cpu_calls.possible():
             self.branch = with_codes(self.branch)
 
@@ -323,7 +334,7 @@ class Engine:
             return None
         if drafter is None:
             raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
-        has_branch, longest_match = drafter.branch is not None, drafter.draft.longest_match
+        has_branch, longest_match = drafter.branch is not None, drafter.draft.match_kinds
         if not has_branch and spec.kind not in control.WITHOUT_BRANCH:
             raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; expected plain, fixed:K or cost_aware")
         needs_costs = control.needs_costs(spec, has_branch=has_branch, longest_match=longest_match)
@@ -376,7 +387,9 @@ class Engine:
             if controller is None:
                 return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
             draft = self.drafter.draft
-            return _decode_speculative(model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps)
+            return _decode_speculative(
+                model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps, self.ngrams
+            )
 
     @property
     def _on_mesh(self) -> bool:
@@ -395,6 +408,10 @@ class Engine:
     def _rows_home(self) -> NamedSharding | None:
         """Where rows lie, if they are spread."""
         return None if self._row_shares == 1 else sharding.decode_rows_home(self._mesh)
+
+    def _place_everywhere(self, array: np.ndarray) -> jax.Array:
+        """An array that all devices read."""
+        return jnp.asarray(array) if self._mesh is None else jax.device_put(array, NamedSharding(self._mesh, PartitionSpec()))
 
     def _place_rows(self, tree: Any) -> Any:
         """A pytree of arrays [B, ...], each row on the devices that decode it."""

@@ -17,7 +17,7 @@ import tiny
 from scipy import stats
 
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode import controllers, loop, sampling, speculative, verify
+from eesd_jax.decode import controllers, loop, ngrams, sampling, speculative, verify
 from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.model import exit_branch, llama
@@ -44,7 +44,10 @@ LOOKUP = {
     "lookup alone": Arms(None, 2, **COSTS, **BETA),
     "lookup and fixed:3": Arms(controllers.Fixed(3), 2, **COSTS, **BETA),
     "lookup and cost_aware": Arms(CONTROLLERS["cost_aware"], 2, **COSTS, **BETA),
+    "n-grams alone, fixed": Arms(None, 2 + ngrams.ORDER, **COSTS, **BETA, fixed=3),
+    "n-grams and cost_aware": Arms(CONTROLLERS["cost_aware"], 2 + ngrams.ORDER, **COSTS, **BETA),
 }
+NGRAMS = jnp.asarray(ngrams.build(np.random.default_rng(0).integers(0, VOCABULARY, (20, 12)).tolist(), 1024))
 CONFIG = tiny.config(vocab_size=VOCABULARY, num_hidden_layers=3, hidden_size=16, intermediate_size=32)
 # Bonferroni over controllers x draft vocabularies x prompts x settings, at one false alarm in a thousand suites.
 BOUND = 1e-3 / ((len(CONTROLLERS) * 2 + len(LOOKUP)) * len(PROMPTS) * len(SETTINGS))
@@ -81,7 +84,11 @@ def exact(params: llama.Params) -> dict[tuple[int, int], dict[tuple[int, ...], f
 
 
 def draw_texts(
-    params: llama.Params, branch: exit_branch.ExitBranch | None, controller: controllers.Controller, draft: DraftConfig = DRAFT
+    params: llama.Params,
+    branch: exit_branch.ExitBranch | None,
+    controller: controllers.Controller,
+    draft: DraftConfig = DRAFT,
+    table: jax.Array | None = None,
 ) -> dict[tuple[int, int], Counter]:
     """Texts drawn by the decoder: all prompts and settings are rows of one batch."""
     cells = [(p, s) for p in range(len(PROMPTS)) for s in range(len(SETTINGS))] * ROWS
@@ -98,7 +105,7 @@ def draw_texts(
         state = speculative.start_drafting(state, exit_cache, controller)
 
         def step(state: loop.DecodeState) -> loop.DecodeState:
-            return speculative.round_step(CONFIG, draft, controller, jnp.array([EOS], jnp.int32), params, branch, settings, state)
+            return speculative.round_step(CONFIG, draft, controller, jnp.array([EOS], jnp.int32), params, branch, settings, state, table)
 
         return loop.decode(step, state, jnp.int32(100))
 
@@ -136,8 +143,9 @@ def test_texts_follow_the_law_of_the_target(params: llama.Params, exact: dict, n
 def draw_with_lookup(params: llama.Params, name: str) -> dict[tuple[int, int], Counter]:
     controller = LOOKUP[name]
     branch = None if controller.inner is None else branch_of(params, [0, 2, 4])
-    draft = dataclasses.replace(DRAFT, exit_layer=0 if branch is None else DRAFT.exit_layer, longest_match=controller.longest_match)
-    return draw_texts(params, branch, controller, draft)
+    table = NGRAMS if name.startswith("n-grams") else None
+    draft = dataclasses.replace(DRAFT, exit_layer=0 if branch is None else DRAFT.exit_layer, longest_match=2)
+    return draw_texts(params, branch, controller, draft, table)
 
 
 @pytest.mark.parametrize("name", LOOKUP)

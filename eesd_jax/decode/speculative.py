@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode import verify
+from eesd_jax.decode import ngrams, verify
 from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.lookup import look_up
 from eesd_jax.decode.sampling import Sampling, sample
@@ -62,6 +62,7 @@ def _draft(
     controller: Controller,
     params: llama.Params,
     branch: exit_branch.ExitBranch | None,
+    ngrams_E: jax.Array | None,
     sampling: Sampling,
     state: DecodeState,
     keys_B: jax.Array,
@@ -92,6 +93,8 @@ def _draft(
     nothing = jnp.zeros((batch, max_draft), jnp.int32)
     if draft.longest_match:
         found = look_up(state.tokens, state.length, draft.longest_match, max_draft)
+        if ngrams_E is not None:
+            found = ngrams.fill_in(found, ngrams_E, state.tokens, state.length, draft.longest_match)
         plan = controller.propose(plan_keys, state.draft.controller, running, found)
         looked = jnp.minimum(plan.look_up, jnp.minimum(useful, max_draft))
         tokens = jnp.where(jnp.arange(max_draft) < looked[:, None], found.tokens, nothing)
@@ -215,6 +218,7 @@ def round_step(
     branch: exit_branch.ExitBranch | None,
     sampling: Sampling,
     state: DecodeState,
+    ngrams_E: jax.Array | None = None,
 ) -> DecodeState:
     """Drafts, verifies and commits at least one token in every row that is not finished.
 
@@ -223,13 +227,14 @@ def round_step(
       branch: None where only lookup drafts; blocks 1..N are then simply the first part of the target.
       eos_ids_E: int32 [E].
       state: with `state.draft` (see `start_drafting`); capacity at least limit + max_draft + 1.
+      ngrams_E: the n-gram table that lookup goes on with (`ngrams.build`), None for none.
     """
     batch = state.length.shape[0]
     rows = jnp.arange(batch)
     # A row's length grows every round, so no key is used twice, and none depends on the other rows.
     round_keys = jax.vmap(jax.random.fold_in)(state.row_keys, state.length)
     draft_keys, verify_keys = jax.vmap(jax.random.split, out_axes=1)(round_keys)
-    drafted = _draft(config, draft, controller, params, branch, sampling, state, draft_keys)
+    drafted = _draft(config, draft, controller, params, branch, ngrams_E, sampling, state, draft_keys)
     verified = _verify(config, draft, params, branch, sampling, state, drafted, verify_keys)
 
     # Caches: blocks 1..N were written while drafting.

@@ -1,0 +1,65 @@
+"""N-gram tables on disk: one safetensors file, which says in its metadata what text was counted."""
+
+import os
+import pathlib
+import tempfile
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from eesd_jax.errors import UserError
+from eesd_jax.weights.branch_folder import SHIPPED
+
+NAME = "ngrams.safetensors"
+_ENTRIES, _VOCAB = "entries", "vocab_size"
+
+
+def shipped_ngrams(model: str) -> pathlib.Path | None:
+    """The file that this package carries for a model of that name (`/` becomes `--`), or None."""
+    file = SHIPPED / model.replace("/", "--") / NAME
+    return file if file.exists() else None
+
+
+def save_ngrams(path: str | os.PathLike, entries: np.ndarray, vocab_size: int, provenance: dict[str, str]) -> None:
+    """Writes a table (`decode/ngrams.py`: uint32 [E]) under a temporary name first.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+            partial = pathlib.Path(folder, NAME)
+            save_file({_ENTRIES: entries}, partial, metadata=provenance | {_VOCAB: str(vocab_size)})
+            readable = pathlib.Path(folder, "readable")
+            readable.touch()
+            partial.chmod(readable.stat().st_mode)  # safetensors makes files that only their owner can read
+            os.replace(partial, path)
+    except OSError as error:
+        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); expected a file in a folder that can be written to") from None
+
+
+def load_ngrams(path: str | os.PathLike, vocab_size: int) -> np.ndarray:
+    """Reads a table: uint32 [E].
+
+    Args:
+      vocab_size: of the model whose text it is to foretell.
+
+    Raises:
+      UserError: there is no such file, it is none of `save_ngrams`, or for another vocabulary.
+    """
+    name = repr(str(path))
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"n-gram table {name}: no such file; expected one that train/ngrams.py has written")
+    try:
+        with safe_open(path, "numpy") as file:
+            counted, entries = (file.metadata() or {}).get(_VOCAB), file.get_tensor(_ENTRIES)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"n-gram table {name} cannot be read ({error}); expected a file that train/ngrams.py has written") from None
+    if counted is None or entries.dtype != np.uint32 or entries.ndim != 1 or entries.size < 2 or entries.size & (entries.size - 1):
+        raise UserError(f"{name} is no n-gram table; expected a file that train/ngrams.py has written")
+    if counted != str(vocab_size):
+        raise UserError(f"n-gram table {name} is of text in {counted} tokens, and the model has {vocab_size}; expected one for this model")
+    return entries
