@@ -7,7 +7,7 @@ REST, He et al. 2023, which searches the text itself).
 The table is hashed. An entry says which token follows, how sure that is, and has some bits of its n-gram's hash, so that another n-gram is
 seldom taken for it; if it is, a draft is wrong, and the text is not.
 
-Axes: B rows, S capacity in tokens, K drafts at most, O orders: n-grams of 1 to 4 tokens, E entries.
+Axes: B rows, S capacity in tokens, K drafts at most, E entries.
 """
 
 import collections
