@@ -214,9 +214,9 @@ def test_an_update_before_truncation_is_seen(plain_tokens: list[list[int]], monk
 def test_a_discarded_draft_is_seen(lm: Engine, monkeypatch: pytest.MonkeyPatch, fresh_programs):
     round_step = speculative.round_step
 
-    def patched(config, draft, controller, eos, params, branch, sampling, state):
+    def patched(config, draft, controller, eos, params, branch, sampling, state, **more):
         # Drafts as if the budget were longer than it is, and commits what fits.
-        after = round_step(config, draft, controller, eos, params, branch, sampling, state._replace(limit=state.limit + 2))
+        after = round_step(config, draft, controller, eos, params, branch, sampling, state._replace(limit=state.limit + 2), **more)
         length = jnp.minimum(after.length, state.limit)
         finish = jnp.where(length >= state.limit, speculative.LENGTH, after.finish)
         return after._replace(limit=state.limit, length=length, finish=finish)
