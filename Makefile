@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-demo test-notebooks parity report lint clean
+.PHONY: demo test test-slow test-planted test-demo test-notebooks parity report lint clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
@@ -11,9 +11,13 @@ demo: $(VENV)/.installed-run
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
 
-# Planted bugs, and the rest of the grids.
+# Planted bugs, the rest of the grids, and several processes: a quarter of an hour on a quick machine.
 test-slow: $(VENV)/.installed-test
 	$(BIN)/python -m pytest -m slow
+
+# The planted bugs alone, which must be seen.
+test-planted: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -m slow -k "planted or seen" tests/test_losslessness.py tests/test_round.py
 
 # The tests that need the built-in model.
 test-demo: $(VENV)/.installed-test
