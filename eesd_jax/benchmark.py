@@ -11,6 +11,7 @@ compilation is ever in it.
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 import statistics
@@ -239,7 +240,7 @@ def describe_drafter(engine: Engine) -> dict[str, Any]:
         "exit_branch": fingerprint(drafter.branch)[:16] if drafter and drafter.branch else None,
         "exit_layer": drafter.draft.exit_layer if drafter else None,
         "longest_match": drafter.draft.longest_match if drafter else None,
-        "ngram_order": drafter.draft.ngram_order if drafter else None,
+        "ngrams": hashlib.sha256(drafter.ngrams.tobytes()).hexdigest()[:16] if drafter and drafter.ngrams is not None else None,
         "max_draft": drafter.draft.max_draft if drafter else None,
     }
 

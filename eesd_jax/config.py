@@ -65,20 +65,13 @@ class DraftConfig:
     on several rows at once, so not every width is worth a program of its own.
 
     exit_layer: N; any number from 0 where there is no branch. longest_match: tokens that lookup asks a match to have in common with the
-    end of the text, at most; 0 for no lookup. ngram_order: of the n-gram table that lookup goes on with where the text has no good match;
-    0 for none.
+    end of the text, at most; 0 for no lookup.
     """
 
     exit_layer: int
     max_draft: int = 8
     verify_widths: tuple[int, ...] = (1, 2, 3, 4, 5, 9, 17)
     longest_match: int = 0
-    ngram_order: int = 0
-
-    @property
-    def match_kinds(self) -> int:
-        """How many kinds of looked-up drafts there are: by the length of the match in the text, then by that in the n-gram table."""
-        return self.longest_match + self.ngram_order
 
     @property
     def widths(self) -> tuple[int, ...]:

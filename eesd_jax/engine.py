@@ -123,15 +123,17 @@ def load(
         folder = branch_folder.BranchFolder(shipped) if shipped else None
     elif exit_branch != "none":
         folder = branch_folder.BranchFolder(branch_folder.find_branch(exit_branch))
-    target = load_model(model, jnp.dtype(dtype), mesh)
     table = None
     if longest_match and ngrams != "none" and (file := ngram_file.shipped_ngrams(model) if ngrams == "auto" else ngrams):
-        table = ngram_file.load_ngrams(file, target.config.vocab_size)
-    draft = DraftConfig(0, max_draft, longest_match=longest_match, ngram_order=0 if table is None else ORDER)
+        table = ngram_file.load_ngrams(file)
+    target = load_model(model, jnp.dtype(dtype), mesh)
+    if table is not None:
+        ngram_file.check_ngrams(table, target.config.vocab_size)
+    draft = DraftConfig(0, max_draft, longest_match=longest_match)
     if folder is not None:
-        drafter = _read_drafter(folder, target, mesh, draft)._replace(ngrams=table)
+        drafter = _read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
     else:
-        drafter = Drafter(None, draft, Calibration(), trained=False, ngrams=table) if longest_match else None
+        drafter = Drafter(None, draft, Calibration(), trained=False, ngrams=table and table.entries) if longest_match else None
         if exit_branch == "auto":
             what = "drafts come from lookup alone" if longest_match else "decoding will be plain"
             warnings.warn(f"no exit branch comes with model {model!r}: {what}", stacklevel=2)
@@ -164,6 +166,11 @@ class Drafter(NamedTuple):
     calibration: Calibration
     trained: bool
     ngrams: np.ndarray | None = None
+
+    @property
+    def match_kinds(self) -> int:
+        """How many kinds of looked-up drafts there are: by the length of the match in the text, then by that in the n-gram table."""
+        return self.draft.longest_match + (ORDER if self.ngrams is not None else 0)
 
 
 class Engine:
@@ -334,7 +341,7 @@ class Engine:
             return None
         if drafter is None:
             raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
-        has_branch, longest_match = drafter.branch is not None, drafter.draft.match_kinds
+        has_branch, longest_match = drafter.branch is not None, drafter.match_kinds
         if not has_branch and spec.kind not in control.WITHOUT_BRANCH:
             raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; expected plain, fixed:K or cost_aware")
         needs_costs = control.needs_costs(spec, has_branch=has_branch, longest_match=longest_match)

@@ -90,7 +90,7 @@ def check_flags() -> list[str]:
 def flag_settings(names: Sequence[str], conversations: Sequence[Conversation]) -> dict[str, Any]:
     """What the flags say that the results depend on."""
     content = json.dumps([[c.id, c.category, c.history, c.turns] for c in conversations]).encode()
-    flag_names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mesh", "ngrams")
+    flag_names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mesh")
     return {
         "model": model_name(),
         "controllers": list(names),

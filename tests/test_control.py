@@ -125,7 +125,7 @@ def fake_engine(dtype=jnp.float32, draft=DraftConfig(1, 2, ()), options=DecodeCo
     return types.SimpleNamespace(
         model=types.SimpleNamespace(config=config),
         decode_config=options,
-        drafter=types.SimpleNamespace(draft=draft),
+        drafter=Drafter(None, draft, Calibration(), trained=False),
         params=params,
         branch=jnp.zeros(head, dtype),
     )

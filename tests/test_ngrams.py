@@ -21,7 +21,7 @@ from eesd_jax.distill import examples
 from eesd_jax.engine import Drafter, Engine
 from eesd_jax.errors import UserError
 from eesd_jax.weights import ngram_file
-from eesd_jax.weights.load import load_model
+from eesd_jax.weights.load import load_text
 
 RNG = np.random.default_rng(0)
 TEXTS = [RNG.integers(0, 9, size=size).tolist() for size in (0, 1, 2, 5, 300, 300)]
@@ -109,16 +109,16 @@ def test_greedy_text_is_that_of_plain_decoding():
     options = DecodeConfig(max_new_tokens=24, prompt_buckets=(16,), min_capacity=32)
     prompts = [[5, 9, 200, 31], [7, 7], [11, 12, 13], [250, 3]]
     plain = [text.token_ids for text in Engine(model, options).generate_ids(prompts, seeds=[0] * 4, controller=None)]
-    draft = DraftConfig(0, 3, (2,), longest_match=2, ngram_order=ngrams.ORDER)
+    draft = DraftConfig(0, 3, (2,), longest_match=2)
     # Half of it right: the model's own answers, and noise.
     known = [*plain[:2], RNG.integers(0, 300, size=400).tolist()]
     lm = Engine(model, options, Drafter(None, draft, Calibration(), trained=False, ngrams=ngrams.build(known, ROOMY)))
     prior = {"prior_alpha": 1.0, "prior_beta": 1.0, "discount": 1.0, "idle_discount": 1.0}
-    arms = Arms(None, draft.match_kinds, exit_cost=(1.0,) * 4, look_cost=(1.0, 1.01, 1.02, 1.03), **prior)
+    arms = Arms(None, lm.drafter.match_kinds, exit_cost=(1.0,) * 4, look_cost=(1.0, 1.01, 1.02, 1.03), **prior)
     generations = lm.generate_ids(prompts, seeds=[0] * 4, controller=arms)
     assert [text.token_ids for text in generations] == plain
     # Texts that it knows take few rounds from the first token on.
-    without = Engine(model, options, lm.drafter._replace(ngrams=None, draft=DraftConfig(0, 3, (2,), longest_match=2)))
+    without = Engine(model, options, lm.drafter._replace(ngrams=None))
     same = Arms(None, 2, exit_cost=(1.0,) * 4, look_cost=(1.0, 1.01, 1.02, 1.03), **prior)
     before = without.generate_ids(prompts[:2], seeds=[0] * 2, controller=same)
     assert sum(text.rounds for text in generations[:2]) < sum(text.rounds for text in before)
@@ -127,26 +127,26 @@ def test_greedy_text_is_that_of_plain_decoding():
 def test_a_file_gives_back_the_table(tmp_path):
     entries = ngrams.build(TEXTS, 64)
     ngram_file.save_ngrams(tmp_path / "new" / "ngrams.safetensors", entries, 320, {"tokens": "608"})
-    np.testing.assert_array_equal(ngram_file.load_ngrams(tmp_path / "new" / "ngrams.safetensors", 320), entries)
+    np.testing.assert_array_equal(ngram_file.load_ngrams(tmp_path / "new" / "ngrams.safetensors").entries, entries)
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["ngrams.safetensors"]
 
 
 def test_files_that_are_no_tables_of_this_model(tmp_path):
     path = tmp_path / "ngrams.safetensors"
     with pytest.raises(UserError, match="no such file; expected one that train"):
-        ngram_file.load_ngrams(path, 320)
+        ngram_file.load_ngrams(path)
     path.write_bytes(b"nothing of the kind")
     with pytest.raises(UserError, match="cannot be read"):
-        ngram_file.load_ngrams(path, 320)
+        ngram_file.load_ngrams(path)
     save_file({"other": np.zeros(4)}, path)
     with pytest.raises(UserError, match="cannot be read"):
-        ngram_file.load_ngrams(path, 320)
+        ngram_file.load_ngrams(path)
     ngram_file.save_ngrams(path, np.zeros(48, np.uint32), 320, {})
     with pytest.raises(UserError, match="is no n-gram table"):
-        ngram_file.load_ngrams(path, 320)
+        ngram_file.load_ngrams(path)
     ngram_file.save_ngrams(path, np.zeros(64, np.uint32), 320, {})
     with pytest.raises(UserError, match="of text in 320 tokens, and the model has 321"):
-        ngram_file.load_ngrams(path, 321)
+        ngram_file.check_ngrams(ngram_file.load_ngrams(path), 321)
 
 
 def test_loading_a_model_with_a_table(tmp_path):
@@ -154,7 +154,7 @@ def test_loading_a_model_with_a_table(tmp_path):
     vocab_size = eesd_jax.load("tiny", exit_branch="none", ngrams="none").model.config.vocab_size
     ngram_file.save_ngrams(path, ngrams.build(TEXTS, 64), vocab_size, {})
     lm = eesd_jax.load("tiny", exit_branch="none", ngrams=str(path))
-    assert lm.drafter.draft.match_kinds == lm.drafter.draft.longest_match + ngrams.ORDER
+    assert lm.drafter.match_kinds == lm.drafter.draft.longest_match + ngrams.ORDER
     assert eesd_jax.load("tiny", exit_branch="none", ngrams=str(path), arms=["exit"]).drafter is None
     greedy = lm.generate("hello", chat=False, max_new_tokens=12, controller="fixed:2")
     assert greedy.token_ids == lm.generate("hello", chat=False, max_new_tokens=12, controller="plain").token_ids
@@ -168,9 +168,11 @@ def test_the_command_counts_what_the_model_wrote(tmp_path):
         result = commands.run(command, *config, "--entries_log2=14")
         assert (result.code, result.err) == (0, "")
         assert commands.run(command, *config, "--entries_log2=0").code == 2
-    model = load_model("tiny", np.dtype(np.float32))
+    model = load_text("tiny")
     texts = [example.tokens[example.response].tolist() for example in examples.open_source(dataset, "train", model, 0).examples]
-    entries = ngram_file.load_ngrams(tmp_path / "run" / "ngrams.safetensors", model.config.vocab_size)
+    table = ngram_file.load_ngrams(tmp_path / "run" / "ngrams.safetensors")
+    ngram_file.check_ngrams(table, model.config.vocab_size)
+    entries = table.entries
     np.testing.assert_array_equal(entries, ngrams.build(texts, 2**14))
     assert f"{np.count_nonzero(entries)} n-grams of {sum(map(len, texts))} tokens in 40 responses are in" in result.out
     assert "of held-out tokens they foretell 0." in result.out

@@ -29,9 +29,9 @@ def main(argv: Sequence[str]) -> None:
         from eesd_jax.decode import ngrams
         from eesd_jax.distill import examples
         from eesd_jax.weights import ngram_file
-        from eesd_jax.weights.load import load_model
+        from eesd_jax.weights.load import load_text
 
-        model = load_model(config.model, np.dtype(np.float32))
+        model = load_text(config.model)
     if model.config.vocab_size - 1 > ngrams.MAX_TOKEN:
         raise UserError(f"model {config.model!r} has {model.config.vocab_size} tokens; a table can name {ngrams.MAX_TOKEN + 1}")
     path = config.data.path or str(pathlib.Path(config.output_dir) / "dataset")

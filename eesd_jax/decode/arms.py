@@ -6,7 +6,7 @@ so that a text that never repeats itself soon costs nothing. A round draws from 
 rows that the branch drafts for, one for those with looked-up drafts), the pair with the least measured time per expected token. Where the
 branch is chosen, its own controller says when to stop.
 
-Axes: B rows, M + 1 kinds of a match (0: none; `DraftConfig.match_kinds`), L = K + 1 lengths of a draft.
+Axes: B rows, M + 1 kinds of a match (0: none), L = K + 1 lengths of a draft.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ class Arms:
 
     Attributes:
       inner: the controller of the exit branch; None where only lookup drafts.
-      longest_match: M; with a table of n-grams `DraftConfig.match_kinds`.
+      longest_match: M; beside a table of n-grams with their order added.
       exit_cost, look_cost: seconds of a round with 0, 1, ... K drafts of the branch, and with as many looked-up ones.
       prior_alpha, prior_beta, discount, idle_discount: as in `Beta`, of the branch's posterior.
       fixed: looked-up drafts wherever there is a match, whatever they cost; None to choose.

@@ -417,5 +417,6 @@ class Run:
 def _load(config: ExperimentConfig, mesh: Mesh) -> Engine:
     ours = config.self_generate
     options = {"dtype": config.dtype or None, "decode_config": DecodeConfig(seed=ours.seed), "exit_branch": ours.exit_branch}
+    options["ngrams"] = "none"  # which come of what is written here
     # A mesh of one device is no mesh: the programs are then the very ones that infer/generate.py compiles.
     return engine.load(config.model, mesh=mesh if mesh.size > 1 else None, **options)

@@ -61,10 +61,21 @@ class Readable(Protocol):
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray: ...
 
 
+class ModelText(NamedTuple):
+    """What a model is without its weights.
+
+    config: static shape. tokenizer: with the chat template, if there is one. eos_ids: ids that end a text.
+    """
+
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerBase
+    eos_ids: tuple[int, ...]
+
+
 class LoadedModel(NamedTuple):
     """Everything that generation needs of a model.
 
-    config: static shape. params: as in `model/llama.py`. tokenizer: with the chat template, if there is one. eos_ids: ids that end a text.
+    config, tokenizer, eos_ids: as in `ModelText`. params: as in `model/llama.py`.
     codes: of those weights that their file stores as such, for `llama.with_codes`; None where nothing would be gained by them.
     """
 
@@ -86,8 +97,26 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
     Raises:
       UserError: anything about the name or the files that cannot be used.
     """
+    text, source = _open(name)
+    params = load_params(text.config, source, dtype, mesh)
+    # In other arithmetic codes would not stand for the very weights.
+    coded = isinstance(source, gguf.GGUFSource) and mesh is None and dtype == jnp.float32 and cpu_calls.possible()
+    codes = load_codes(text.config, source) if coded else None
+    return LoadedModel(text.config, params, text.tokenizer, text.eos_ids, codes)
+
+
+def load_text(name: str) -> ModelText:
+    """As `load_model`, without reading the weights."""
+    return _open(name)[0]
+
+
+def _open(name: str) -> tuple[ModelText, TensorSource]:
     if name == tiny.TINY_NAME:
-        return _random_model(tiny.config(), tiny.tokenizer(), dtype, mesh)
+        config, text = tiny.config(), tiny.tokenizer()
+        abstract = nn.meta.unbox(sharding.abstract_params(config))
+        names, leaves = jax.tree.leaves(_source_names(abstract)), jax.tree.leaves(abstract)
+        source = tiny.RandomSource({name: leaf.shape for name, leaf in zip(names, leaves, strict=True)})
+        return ModelText(config, text, (text.eos_token_id,)), source
     path = hub.find_model(name)
     if path.is_file():
         source = gguf.GGUFSource(path)
@@ -103,18 +132,7 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedM
         eos_ids = [*eos_ids, text.eos_token_id]
     if len(text) > config.vocab_size:
         raise UserError(f"{path}: the tokenizer has {len(text)} tokens, the model's vocabulary only {config.vocab_size}")
-    params = load_params(config, source, dtype, mesh)
-    # In other arithmetic codes would not stand for the very weights.
-    coded = isinstance(source, gguf.GGUFSource) and mesh is None and dtype == jnp.float32 and cpu_calls.possible()
-    codes = load_codes(config, source) if coded else None
-    return LoadedModel(config, params, text, tuple(sorted(set(eos_ids))), codes)
-
-
-def _random_model(config: ModelConfig, text: PreTrainedTokenizerBase, dtype: jnp.dtype, mesh: Mesh | None) -> LoadedModel:
-    abstract = nn.meta.unbox(sharding.abstract_params(config))
-    names, leaves = jax.tree.leaves(_source_names(abstract)), jax.tree.leaves(abstract)
-    source = tiny.RandomSource({name: leaf.shape for name, leaf in zip(names, leaves, strict=True)})
-    return LoadedModel(config, load_params(config, source, dtype, mesh), text, (text.eos_token_id,))
+    return ModelText(config, text, tuple(sorted(set(eos_ids)))), source
 
 
 def _folder_eos_ids(folder: pathlib.Path, hf_config: dict) -> list[int]:

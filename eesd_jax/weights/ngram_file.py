@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -41,14 +42,19 @@ def save_ngrams(path: str | os.PathLike, entries: np.ndarray, vocab_size: int, p
         raise UserError(f"cannot write {str(path)!r} ({error.strerror}); expected a file in a folder that can be written to") from None
 
 
-def load_ngrams(path: str | os.PathLike, vocab_size: int) -> np.ndarray:
-    """Reads a table: uint32 [E].
+class NgramFile(NamedTuple):
+    """path: of the file. entries: uint32 [E], see `decode/ngrams.py`. vocab_size: of the model whose text was counted."""
 
-    Args:
-      vocab_size: of the model whose text it is to foretell.
+    path: str
+    entries: np.ndarray
+    vocab_size: int
+
+
+def load_ngrams(path: str | os.PathLike) -> NgramFile:
+    """Reads a table.
 
     Raises:
-      UserError: there is no such file, it is none of `save_ngrams`, or for another vocabulary.
+      UserError: there is no such file, or it is none of `save_ngrams`.
     """
     name = repr(str(path))
     if not pathlib.Path(path).is_file():
@@ -58,8 +64,21 @@ def load_ngrams(path: str | os.PathLike, vocab_size: int) -> np.ndarray:
             counted, entries = (file.metadata() or {}).get(_VOCAB), file.get_tensor(_ENTRIES)
     except (SafetensorError, OSError) as error:
         raise UserError(f"n-gram table {name} cannot be read ({error}); expected a file that train/ngrams.py has written") from None
-    if counted is None or entries.dtype != np.uint32 or entries.ndim != 1 or entries.size < 2 or entries.size & (entries.size - 1):
+    if (
+        not (counted or "").isdecimal()
+        or entries.dtype != np.uint32
+        or entries.ndim != 1
+        or entries.size < 2
+        or entries.size & (entries.size - 1)
+    ):
         raise UserError(f"{name} is no n-gram table; expected a file that train/ngrams.py has written")
-    if counted != str(vocab_size):
-        raise UserError(f"n-gram table {name} is of text in {counted} tokens, and the model has {vocab_size}; expected one for this model")
-    return entries
+    return NgramFile(str(path), entries, int(counted))
+
+
+def check_ngrams(table: NgramFile, vocab_size: int) -> None:
+    """Raises UserError for a table of another vocabulary than that of the model whose text it is to foretell."""
+    if table.vocab_size != vocab_size:
+        raise UserError(
+            f"n-gram table {table.path!r} is of text in {table.vocab_size} tokens, and the model has {vocab_size}; "
+            "expected one that train/ngrams.py has written for this model"
+        )
