@@ -199,7 +199,7 @@ class _Solver:
     ) -> None:
         """Products of all queries with the keys of `vectors` vectors of positions, channel after channel; `left`: how many may be read."""
         b = self.builder
-        readable = None if left is None else b.icmp_signed("<", self.iota(), self.splat(left, I64))
+        readable = None if left is None else b.icmp_signed("<", self.iota(), self.splat(left))
         zero = ir.Constant(self.vector, [0.0] * self.lanes)
 
         def multiply(channel: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
@@ -220,8 +220,8 @@ class _Solver:
         lowest = ir.Constant(self.vector, [-float("inf")] * lanes)
 
         def mask(i: ir.Value, peaks: Sequence[ir.Value]) -> list[ir.Value]:
-            position = b.add(self.splat(b.add(origin, i), I64), self.iota())
-            seen = b.and_(b.icmp_signed(">=", position, self.splat(low, I64)), b.icmp_signed("<", position, self.splat(high, I64)))
+            position = b.add(self.splat(b.add(origin, i)), self.iota())
+            seen = b.and_(b.icmp_signed(">=", position, self.splat(low)), b.icmp_signed("<", position, self.splat(high)))
             value = b.select(seen, self.load(b.gep(scores, [i])), lowest)
             self.store(value, b.gep(scores, [i]))
             return [b.select(b.fcmp_ordered(">", value, peaks[0]), value, peaks[0])]
@@ -281,12 +281,8 @@ class _Solver:
         power = b.shl(b.add(b.fptosi(n, integers), ir.Constant(integers, [127] * lanes)), ir.Constant(integers, [23] * lanes))
         return b.select(too_small, constant(0.0), b.fmul(series, b.bitcast(power, self.vector)))
 
-    def splat(self, value: ir.Value, kind: ir.Type = F32) -> ir.Value:
-        vector = ir.VectorType(kind, self.lanes)
-        single = self.builder.insert_element(ir.Constant(vector, ir.Undefined), value, I32(0))
-        return self.builder.shuffle_vector(
-            single, ir.Constant(vector, ir.Undefined), ir.Constant(ir.VectorType(I32, self.lanes), [0] * self.lanes)
-        )
+    def splat(self, value: ir.Value) -> ir.Value:
+        return cpu_calls.splat(self.builder, value, self.lanes)
 
     def iota(self) -> ir.Constant:
         return ir.Constant(ir.VectorType(I64, self.lanes), list(range(self.lanes)))

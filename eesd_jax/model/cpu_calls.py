@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import numpy as np
 from llvmlite import binding, ir
 
 _MAX_CORES = 16
@@ -136,6 +137,25 @@ def fold(
     with _loop(builder, start, stop, step, initial) as (index, values, following):
         following += body(index, values)
     return values
+
+
+def split(pieces: int, chunks_per_core: int) -> dict[str, np.int64]:
+    """Attributes of a kernel whose work has so many pieces; several chunks a core let one that comes late leave its share to the others."""
+    chunks = min(pieces, chunks_per_core * cores())
+    return {"chunks": np.int64(chunks), "helpers": np.int64(min(chunks, cores()) - 1)}
+
+
+def share(builder: ir.IRBuilder, pieces: ir.Value, chunk: ir.Value, chunks: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first piece of a chunk, and the first that is no longer its own."""
+    first, end = (builder.sdiv(builder.mul(pieces, index), chunks) for index in (chunk, builder.add(chunk, I64(1))))
+    return first, end
+
+
+def splat(builder: ir.IRBuilder, value: ir.Value, lanes: int) -> ir.Value:
+    """A value in every lane."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    one = builder.insert_element(undefined, value, I32(0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def external(module: ir.Module, name: str, result: ir.Type, *arguments: ir.Type) -> ir.Function:

@@ -100,13 +100,6 @@ def _kind(weight: Codes) -> _Kind:
     return _HALVES if weight.scale is None else _BYTES if weight.offset is None else _NIBBLES
 
 
-def _splat(builder: ir.IRBuilder, address: ir.Value, lanes: int) -> ir.Value:
-    """The float at an address, in every lane."""
-    undefined = ir.Constant(ir.VectorType(F32, lanes), ir.Undefined)
-    one = builder.insert_element(undefined, builder.load(address), I32(0))
-    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
-
-
 def _load(builder: ir.IRBuilder, address: ir.Value, item: ir.Type, lanes: int, i: int) -> ir.Value:
     """The items i to i + lanes - 1 of an array."""
     items = builder.bitcast(address, item.as_pointer())
@@ -116,7 +109,7 @@ def _load(builder: ir.IRBuilder, address: ir.Value, item: ir.Type, lanes: int, i
 def _decode_nibbles(module: ir.Module, builder: ir.IRBuilder, lanes: int, place: _Place) -> list[ir.Value]:
     integers, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
     low_bits, shift = (ir.Constant(integers, [value] * lanes) for value in (15, 4))
-    scale, offset = (_splat(builder, address, lanes) for address in (place.scale, place.offset))
+    scale, offset = (cpu_calls.splat(builder, builder.load(address), lanes) for address in (place.scale, place.offset))
 
     def number(codes: ir.Value) -> ir.Value:
         return builder.fadd(builder.fmul(builder.sitofp(codes, floats), scale), offset)
@@ -134,7 +127,7 @@ def _decode_nibbles(module: ir.Module, builder: ir.IRBuilder, lanes: int, place:
 def _decode_bytes(module: ir.Module, builder: ir.IRBuilder, lanes: int, place: _Place) -> list[ir.Value]:
     del module
     integers, floats = ir.VectorType(I32, lanes), ir.VectorType(F32, lanes)
-    scale = _splat(builder, place.scale, lanes)
+    scale = cpu_calls.splat(builder, builder.load(place.scale), lanes)
     codes = [_load(builder, place.codes, ir.IntType(8), lanes, i) for i in range(0, GROUP, lanes)]
     return [builder.fmul(builder.sitofp(builder.sext(part, integers), floats), scale) for part in codes]
 

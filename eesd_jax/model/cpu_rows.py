@@ -57,9 +57,7 @@ def _rows_by_matrix_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[ja
 
 def split(outputs: int) -> dict[str, np.int64]:
     """How a product of so many outputs is cut: the attributes of its kernel."""
-    # Several chunks a core, so that a core that comes late leaves its share to the others.
-    chunks = min(outputs // BLOCK_OUTPUTS, _CHUNKS_PER_CORE * cpu_calls.cores())
-    return {"chunks": np.int64(chunks), "helpers": np.int64(cpu_calls.cores() - 1)}
+    return cpu_calls.split(outputs // BLOCK_OUTPUTS, _CHUNKS_PER_CORE)
 
 
 @functools.cache
@@ -156,13 +154,9 @@ def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Reg
 
 def share(builder: ir.IRBuilder, job: cpu_calls.Job, chunk: ir.Value) -> tuple[ir.Value, ir.Value]:
     """The first output of a chunk, and the first that is no longer its own."""
-    outputs, chunks = job.read(builder, "outputs"), job.read(builder, "chunks")
-
-    def boundary(index: ir.Value) -> ir.Value:
-        blocks = builder.sdiv(builder.mul(builder.sdiv(outputs, I64(BLOCK_OUTPUTS)), index), chunks)
-        return builder.mul(blocks, I64(BLOCK_OUTPUTS))
-
-    return boundary(chunk), boundary(builder.add(chunk, I64(1)))
+    blocks = builder.sdiv(job.read(builder, "outputs"), I64(BLOCK_OUTPUTS))
+    first, end = cpu_calls.share(builder, blocks, chunk, job.read(builder, "chunks"))
+    return builder.mul(first, I64(BLOCK_OUTPUTS)), builder.mul(end, I64(BLOCK_OUTPUTS))
 
 
 def sweep(builder: ir.IRBuilder, rows: ir.Value, max_rows: int, run: Callable[[int, ir.Value], None]) -> None:

@@ -92,20 +92,14 @@ def rows_by_tiles(x_RxI: jax.Array, weight: Tiles) -> jax.Array:
     _register_quantize()
     digits = jax.ShapeDtypeStruct((slabs, _DIGITS * _MOST_ROWS * inputs), jnp.int8)
     per_group = jax.ShapeDtypeStruct((slabs * _MOST_ROWS, inputs // GROUP), jnp.float32)
-    integers = jax.ffi.ffi_call(_QUANTIZE, (digits, per_group, per_group))(x_RxI, **_split(slabs, 1))
+    integers = jax.ffi.ffi_call(_QUANTIZE, (digits, per_group, per_group))(x_RxI, **cpu_calls.split(slabs, 1))
 
     arrays = [array for array in weight if array is not None]
     kind = _Kind(weight.offset is not None, tuple(array.dtype == jnp.float16 for array in arrays[1:]))
     target = f"{TARGET}_{kind.name}"
     _register(target, kind)
     result = jax.ShapeDtypeStruct((rows, blocks * BLOCK_OUTPUTS), jnp.float32)
-    return jax.ffi.ffi_call(target, result)(*integers, *arrays, **_split(blocks, _CHUNKS_PER_CORE))
-
-
-def _split(pieces: int, chunks_per_core: int) -> dict[str, np.int64]:
-    """Attributes of a kernel whose work has so many pieces."""
-    chunks = min(pieces, chunks_per_core * cpu_calls.cores())
-    return {"chunks": np.int64(chunks), "helpers": np.int64(min(chunks, cpu_calls.cores()) - 1)}
+    return jax.ffi.ffi_call(target, result)(*integers, *arrays, **cpu_calls.split(blocks, _CHUNKS_PER_CORE))
 
 
 class _Kind(NamedTuple):
@@ -148,11 +142,6 @@ def _store(builder: ir.IRBuilder, value: ir.Value, address: ir.Value) -> None:
     builder.store(value, builder.bitcast(address, value.type.as_pointer()), align=1)
 
 
-def _splat(builder: ir.IRBuilder, value: ir.Value) -> ir.Value:
-    undefined = ir.Constant(_VECTOR, ir.Undefined)
-    return builder.shuffle_vector(builder.insert_element(undefined, value, I32(0)), undefined, _constant(0, _INTEGERS))
-
-
 def _add_quantize(module: ir.Module) -> ir.Function:
     """`quantize(x, groups, digits, stride, scale, sum)`: the digits of a row, `stride` bytes between those of one place and the next.
 
@@ -177,7 +166,9 @@ def _add_quantize(module: ir.Module) -> ir.Function:
         up = builder.bitcast(builder.shl(builder.sub(I32(2 * 127 + 22), exponent), I32(23)), F32)
         down = builder.bitcast(builder.shl(builder.sub(exponent, I32(22)), I32(23)), F32)
         down = builder.select(builder.icmp_unsigned(">=", exponent, I32(255)), F32(float("nan")), down)
-        integers = [builder.fptosi(builder.call(rounded, (builder.fmul(value, _splat(builder, up)),)), _INTEGERS) for value in values]
+        integers = [
+            builder.fptosi(builder.call(rounded, (builder.fmul(value, cpu_calls.splat(builder, up, 16)),)), _INTEGERS) for value in values
+        ]
         for i, integer in enumerate(integers):
             middle = _constant(0x808080, _INTEGERS)  # digits from -128 to 127
             shifted = builder.xor(builder.add(integer, middle), middle)
@@ -285,10 +276,10 @@ def _add_blocks(module: ir.Module, kind: _Kind, rows: int) -> ir.Function:
             lower = builder.sitofp(builder.add(builder.shl(middle, _constant(8, _INTEGERS)), lowest), _VECTOR)
             product = builder.call(fma, (builder.sitofp(highest, _VECTOR), _constant(65536.0, _VECTOR), lower))
             here = builder.add(builder.mul(groups, I64(row)), group)
-            factor = builder.fmul(scale, _splat(builder, builder.load(builder.gep(x_scale, [here]))))
+            factor = builder.fmul(scale, cpu_calls.splat(builder, builder.load(builder.gep(x_scale, [here])), 16))
             after = builder.call(fma, (product, factor, before))
             if offset is not None:
-                after = builder.call(fma, (offset, _splat(builder, builder.load(builder.gep(x_sum, [here]))), after))
+                after = builder.call(fma, (offset, cpu_calls.splat(builder, builder.load(builder.gep(x_sum, [here])), 16), after))
             following.append(after)
         return following
 
@@ -337,7 +328,7 @@ def _add_quantize_chunk(module: ir.Module, words: Sequence[str], registers: cpu_
     rows, inputs, chunks = (job.read(builder, name) for name in ("rows", "inputs", "chunks"))
     groups = builder.sdiv(inputs, I64(GROUP))
     slabs = builder.sdiv(builder.add(rows, I64(_MOST_ROWS - 1)), I64(_MOST_ROWS))
-    begin, end = (builder.sdiv(builder.mul(slabs, index), chunks) for index in (chunk, builder.add(chunk, I64(1))))
+    begin, end = cpu_calls.share(builder, slabs, chunk, chunks)
     with cpu_calls.loop(builder, begin, end, 1) as slab:
         first, valid, padded = _slab(builder, rows, slab)
         of_slab = builder.gep(digits, [builder.mul(first, builder.mul(inputs, I64(_DIGITS)))])
@@ -364,7 +355,7 @@ def _add_chunk(kind: _Kind, module: ir.Module, words: Sequence[str], registers: 
     weight.append(builder.inttoptr(job.read(builder, "offset"), BYTES) if kind.nibbles else ir.Constant(BYTES, None))
     rows, groups, blocks, chunks = (job.read(builder, name) for name in ("rows", "groups", "blocks", "chunks"))
     inputs, outputs = builder.mul(groups, I64(GROUP)), builder.mul(blocks, I64(BLOCK_OUTPUTS))
-    begin, end = (builder.sdiv(builder.mul(blocks, index), chunks) for index in (chunk, builder.add(chunk, I64(1))))
+    begin, end = cpu_calls.share(builder, blocks, chunk, chunks)
     slabs = builder.sdiv(builder.add(rows, I64(_MOST_ROWS - 1)), I64(_MOST_ROWS))
     with cpu_calls.loop(builder, I64(0), slabs, 1) as slab:
         first, valid, padded = _slab(builder, rows, slab)

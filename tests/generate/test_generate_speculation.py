@@ -5,7 +5,6 @@ import os
 import pathlib
 import re
 
-import generate_command
 import pytest
 import tiny
 from commands import assert_refused
@@ -15,24 +14,6 @@ from eesd_jax import engine
 from eesd_jax.engine import Engine
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights.branch_folder import describe, save_branch
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    with generate_command.loaded(tmp_path_factory.mktemp("cache")) as command:
-        yield command
-
-
-@pytest.fixture
-def run(command, monkeypatch, tmp_path):
-    """Runs the command in this process, in an empty folder; as if with --exit_branch=none, which warns of nothing, and without lookup."""
-    monkeypatch.chdir(tmp_path)
-    return command
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, str]:
-    return generate_command.write_models(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,6 @@ import threading
 import time
 
 import commands
-import generate_command
 import pytest
 import tiny
 from commands import Result, assert_refused
@@ -25,24 +24,6 @@ from generate_command import CONTEXT, FIELDS, PROMPTS, read_output, write_prompt
 from eesd_jax.engine import Engine
 
 SCRIPT = commands.ROOT / "infer" / "generate.py"
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    with generate_command.loaded(tmp_path_factory.mktemp("cache")) as command:
-        yield command
-
-
-@pytest.fixture
-def run(command, monkeypatch, tmp_path):
-    """Runs the command in this process, in an empty folder; as if with --exit_branch=none, which warns of nothing, and without lookup."""
-    monkeypatch.chdir(tmp_path)
-    return command
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, str]:
-    return generate_command.write_models(tmp_path_factory.mktemp("models"))
 
 
 # Answers -----------------------------------------------------------------------------------------------------------------------------

@@ -6,32 +6,12 @@ Those in exit branches are in `test_generate_speculation.py`.
 import os
 import pathlib
 
-import generate_command
 import pytest
 from commands import assert_refused
 from generate_command import CONTEXT, write_prompts
 
 from eesd_jax import engine
 from eesd_jax.engine import Engine
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    with generate_command.loaded(tmp_path_factory.mktemp("cache")) as command:
-        yield command
-
-
-@pytest.fixture
-def run(command, monkeypatch, tmp_path):
-    """Runs the command in this process, in an empty folder; as if with --exit_branch=none, which warns of nothing, and without lookup."""
-    monkeypatch.chdir(tmp_path)
-    return command
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory) -> dict[str, str]:
-    return generate_command.write_models(tmp_path_factory.mktemp("models"))
-
 
 # What is wrong without a look at the model -------------------------------------------------------------------------------------------
 
