@@ -127,7 +127,7 @@ class Parts:
         h = llama.embed(params, state.tokens[:, :1])
         x, new = exit_branch.run_exit_block(self.config, branch, h, start_B, state.draft.exit_cache)
         exit_cache = kv.write(state.draft.exit_cache, new, start_B, after=x)
-        logits_BxQ = exit_branch.draft_logits(self.config, branch, x)[:, 0]
+        logits_BxQ = exit_branch.draft_logits(branch, exit_branch.draft_output(self.config, branch, x))[:, 0]
         draw = sample(state.row_keys, logits_BxQ, self.sampling)
         chosen_logit = jnp.take_along_axis(logits_BxQ, draw.token[:, None], axis=1)[:, 0]
         confidence_B = jnp.exp(chosen_logit - jax.nn.logsumexp(logits_BxQ, axis=1))

@@ -187,7 +187,9 @@ LOSSES = ("soft", "reverse_kl", "total_variation", "hard", "regression")
 class LossConfig:
     """What the branch learns by (`distill/loss.py`).
 
-    The fields named in `LOSSES` are the weights of those losses, 0 for without. chunk: positions whose logits exist at once.
+    The fields named in `LOSSES` are the weights of those losses, 0 for without. passes: of a branch with the deep input, over the same
+    text: the first reads what the target gives out, and each further one what the pass before gave out, as the second, third, ... draft of
+    a round does. chunk: positions whose logits exist at once.
     """
 
     soft: float = 1.0
@@ -195,6 +197,7 @@ class LossConfig:
     total_variation: float = 0.0
     hard: float = 0.0
     regression: float = 0.0
+    passes: int = 1
     chunk: int = 256
 
     def __post_init__(self):
@@ -204,7 +207,7 @@ class LossConfig:
                 raise UserError(f"loss.{name} is {value}; expected a weight >= 0")
         if not any(getattr(self, name) for name in LOSSES):
             raise UserError(f"the weights of all losses are 0; expected a positive one among {', '.join(LOSSES)}")
-        _check_at_least("loss", self, chunk=1)
+        _check_at_least("loss", self, passes=1, chunk=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,19 +238,22 @@ class OptimizerConfig:
 class BranchConfig:
     """The exit branch that is trained.
 
-    draft_vocab: tokens that it can draft, the most frequent ones of the training responses; 0 for all. train_head: whether its LM head is
-    trained, or stays the target's. save_dtype: in which the result is written.
+    exit_layer: N; 0 only with deep_input. start: see `init_exit_branch`. deep_input: whether it also reads the target's last hidden state
+    of the token before. draft_vocab: tokens that it can draft, the most frequent ones of the training responses; 0 for all. train_head:
+    whether its LM head is trained, or stays the target's. save_dtype: in which the result is written; int8 is of matrices, and read as such
+    on CPUs.
     """
 
     exit_layer: int = 0
     start: str = "next"
+    deep_input: bool = False
     draft_vocab: int = 0
     train_head: bool = False
     save_dtype: str = "float32"
 
     def __post_init__(self):
-        if self.save_dtype not in ("float32", "float16", "bfloat16"):
-            raise UserError(f"branch.save_dtype is {self.save_dtype!r}; expected float32, float16 or bfloat16")
+        if self.save_dtype not in ("float32", "float16", "bfloat16", "int8"):
+            raise UserError(f"branch.save_dtype is {self.save_dtype!r}; expected float32, float16, bfloat16 or int8")
 
 
 @dataclasses.dataclass(frozen=True)

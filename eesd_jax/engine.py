@@ -369,7 +369,7 @@ class Engine:
             row[: len(prompt)] = prompt
         keys = jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, jnp.uint32))
         with cpu_calls.on_mesh(self._on_mesh):
-            state, exit_cache = _prefill(
+            state, exits = _prefill(
                 config,
                 self.params,
                 self.branch if drafter else None,
@@ -380,7 +380,7 @@ class Engine:
             )
         if controller is None:
             return state
-        state = _start_drafting(state, exit_cache, controller)
+        state = _start_drafting(state, exits, controller)
         # What it adds lies where the rest of a row does: for arrays that lie elsewhere the program would be compiled again.
         added = self._place_rows(state.draft._replace(exit_cache=None))
         return state._replace(draft=added._replace(exit_cache=state.draft.exit_cache))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from eesd_jax import control, engine, hlo
-from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig
+from eesd_jax.config import BranchConfig, ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig
 from eesd_jax.control import ControllerSpec
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.decode.sampling import Sampling
@@ -91,9 +91,10 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> llama.
     return _placed(nn.meta.unbox(sharding.abstract_params(config)), sharding.param_shardings(config, mesh), dtype)
 
 
-def _abstract_branch(config: ModelConfig, draft_vocab: int, dtype: jnp.dtype, mesh: Mesh) -> exit_branch.ExitBranch:
-    branch = exit_branch.abstract_exit_branch(config, draft_vocab)
-    homes = exit_branch.exit_branch_shardings(config, draft_vocab, mesh)
+def _abstract_branch(config: ModelConfig, settings: BranchConfig, dtype: jnp.dtype, mesh: Mesh) -> exit_branch.ExitBranch:
+    drafts, deep = settings.draft_vocab or config.vocab_size, settings.deep_input
+    branch = exit_branch.abstract_exit_branch(config, drafts, deep_input=deep)
+    homes = exit_branch.exit_branch_shardings(config, drafts, mesh, deep_input=deep)
     return _placed(branch, homes, dtype)._replace(draft_ids=_placed(branch.draft_ids, homes.draft_ids))
 
 
@@ -101,6 +102,8 @@ def _abstract_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) 
     """What `teacher.split_trunk` makes of the params."""
 
     def stack(blocks: tuple[llama.Params, ...]) -> llama.Params:
+        if not blocks:
+            return {}
         shapes = jax.eval_shape(llama.stack_blocks, blocks)
         return _placed(shapes, jax.tree.map(lambda leaf: teacher.stacked_home(leaf.sharding), blocks[0]))
 
@@ -121,7 +124,7 @@ def compile_distill(config: ExperimentConfig, model: ModelConfig, devices: Seque
     mesh, dtype, rows, length = layout.mesh, jnp.dtype(config.dtype or "bfloat16"), config.batch_size, config.data.sequence_length
     step_config = step.StepConfig.of(config, model, layout)
     params = abstract_params(model, dtype, mesh)
-    branch = _abstract_branch(model, config.branch.draft_vocab or model.vocab_size, dtype, mesh)
+    branch = _abstract_branch(model, config.branch, dtype, mesh)
     trunk = _abstract_trunk(model, params, config.branch.exit_layer)
     state = _abstract_state(step_config, branch, mesh, train_head=config.branch.train_head)
 
@@ -134,7 +137,7 @@ def compile_distill(config: ExperimentConfig, model: ModelConfig, devices: Seque
     if config.cache.enabled:
         hidden, kept = of_rows(length, model.hidden_size, dtype=config.cache.dtype), (length, config.cache.top_tokens)
         top = TopTokens(of_rows(*kept), of_rows(*kept, dtype=jnp.float32))
-        features = teacher.Features(hidden, hidden if config.loss.regression else None, top)
+        features = teacher.Features(hidden, hidden if config.loss.regression or config.branch.deep_input else None, top)
     frozen = step.Frozen(trunk, branch.head, branch.draft_ids)
     with cpu_calls.on_mesh(True):
         lowered = step.jit_step(state).lower(step_config, frozen, state, batch, features)
@@ -152,7 +155,7 @@ def compile_distill(config: ExperimentConfig, model: ModelConfig, devices: Seque
 
 def _abstract_state(config: step.StepConfig, branch: exit_branch.ExitBranch, mesh: Mesh, *, train_head: bool) -> step.TrainState:
     """What `step.init_state` makes of a branch."""
-    trained = step.Trained(branch.block, branch.norm, branch.head if train_head else None)
+    trained = step.Trained(branch.block, branch.norm, branch.fusion, branch.head if train_head else None)
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), trained)
     homes = step.state_shardings(config, trained, mesh)
     optimizer = _placed(jax.eval_shape(config.make_optimizer().init, trained), homes.optimizer)
@@ -177,10 +180,10 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
       DoesNotFit: one of them needs more memory than a chip has.
     """
     controller = control.build_controller(shape.controller, ControllerConfig(), Calibration(), None)
-    exit_branch.check_exit_layer(model, config.branch.exit_layer)
+    exit_branch.check_exit_layer(model, config.branch.exit_layer, deep_input=config.branch.deep_input)
     mesh, dtype, rows = sharding.make_mesh(list(devices), tensor=len(devices)), jnp.dtype(config.dtype or "bfloat16"), shape.batch
     params = abstract_params(model, dtype, mesh)
-    branch = _abstract_branch(model, config.branch.draft_vocab or model.vocab_size, dtype, mesh)
+    branch = _abstract_branch(model, config.branch, dtype, mesh)
     draft, options = DraftConfig(config.branch.exit_layer, shape.max_draft), DecodeConfig()
     longest = min(shape.prompt_tokens + shape.max_new_tokens, model.context_length) + shape.max_draft + 1
     padded, capacity = engine.bucket_shapes(options, shape.prompt_tokens, longest)
@@ -203,7 +206,7 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
     weights = {"weights": params, "exit branch": branch}
     arguments = (model, params, branch, ints(rows, padded), ints(rows), ints(rows), keys)
     static = {"exit_layer": draft.exit_layer, "capacity": capacity, "chunk": options.prompt_buckets[-1]}
-    compiled, (state, exit_cache) = compile("prefill", engine._prefill, *arguments, **static)
+    compiled, (state, exits) = compile("prefill", engine._prefill, *arguments, **static)
     yield Program("prefill", compiled, arguments, weights, rows * padded)
 
     eos, steps = ints(1), ints()
@@ -211,7 +214,7 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
     compiled, _ = compile("plain step", engine._decode_plain, *arguments)
     yield Program("plain step", compiled, arguments, weights | {"caches": state.cache, "other state": state._replace(cache=None)}, rows)
 
-    _, state = compile("start of drafting", engine._start_drafting, state, exit_cache, controller=controller)
+    _, state = compile("start of drafting", engine._start_drafting, state, exits, controller=controller)
     arguments = (model, draft, controller, eos, params, branch, sampling, state, steps)
     compiled, _ = compile("EESD round", engine._decode_speculative, *arguments)
     others = state._replace(cache=None, draft=state.draft._replace(exit_cache=None))

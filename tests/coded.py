@@ -26,22 +26,19 @@ def weight_of(kind: str, outputs: int, inputs: int) -> tuple[Codes, jax.Array]:
         codes = rng.integers(0, 256, (outputs, inputs // 2), np.uint8)
         pairs = codes.reshape(*groups, -1)
         numbers = np.concatenate([pairs & 15, pairs >> 4], axis=-1) * scale[..., None] + offset[..., None]
-    elif kind == "bytes":
+    else:
         codes, offset = rng.integers(-128, 128, (outputs, inputs), np.int8), None
         numbers = codes.reshape(*groups, -1) * scale[..., None]
-    else:
-        codes, scale, offset = rng.normal(size=(outputs, inputs)).astype(np.float16), None, None
-        numbers = codes
     stored = Codes(*(None if array is None else jnp.asarray(array) for array in (codes, scale, offset)))
     return stored, jnp.asarray(numbers.reshape(outputs, inputs), jnp.float32)
 
 
 def engines(folder: pathlib.Path, **settings: int) -> tuple[Engine, Engine]:
-    """A tiny model of a file of 4-bit codes with an exit branch in 16 bits: reading the codes, and reading the float32 weights."""
+    """A tiny model of a file of 4-bit codes with an exit branch in 8 bits: reading the codes, and reading the float32 weights."""
     file = tiny.write_gguf(folder / "model.gguf", tiny.hf_config(**settings), matrix_type=GGMLType.Q4_1)
     model = load_model(str(file), jnp.dtype("float32"))
     branch = init_exit_branch(model.config, model.params, 1, "next")
-    branch = jax.tree.map(lambda leaf: leaf.astype(jnp.float16).astype(leaf.dtype) if leaf.ndim == 2 else leaf, branch)
+    branch = jax.tree.map(lambda leaf: cpu_codes.numbers(cpu_codes.rounded(leaf)) if leaf.ndim == 2 else leaf, branch)
     drafter = Drafter(branch, DraftConfig(1, max_draft=3), Calibration(), trained=True)
     coded, dense = (Engine(some, DecodeConfig(max_new_tokens=24), drafter) for some in (model, model._replace(codes=None)))
     dense.branch = branch

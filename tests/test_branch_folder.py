@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 import eesd_jax
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, sharding
+from eesd_jax.model import cpu_codes, llama, sharding
 from eesd_jax.model.config import ModelConfig, RopeConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights import branch_folder, hub
@@ -77,6 +77,46 @@ def test_what_is_read_is_what_was_written_to_the_bit(tmp_path, family, ids, dtyp
     assert_equal(loaded.branch, branch)
     assert loaded.info == info
     assert load_file(tmp_path / "branch" / TENSORS_NAME)["draft_ids"].dtype == np.int32
+
+
+def test_a_second_input_is_kept_and_an_exit_at_0_with_it(tmp_path):
+    branch = init_exit_branch(CONFIG, PARAMS, 0, "last", IDS, deep_input=True)
+    branch = branch._replace(fusion=branch.fusion._replace(norm=branch.fusion.norm * 1.5))
+    info = describe(CONFIG, PARAMS, branch, exit_layer=0, start="last", calibration=(1.0, 0.0), training={})
+    save_branch(tmp_path, branch, info)
+    loaded = load_branch(str(tmp_path), CONFIG, PARAMS)
+    assert_equal(loaded.branch, branch)
+    assert loaded.info == info
+
+
+def test_matrices_in_8_bits_are_read_as_what_they_stand_for(tmp_path):
+    branch, info = write(tmp_path)
+    save_branch(tmp_path, branch, info, in_bytes=True)
+    stored = load_file(tmp_path / TENSORS_NAME)
+    assert (stored["head"].dtype, stored["head.scale"].dtype, stored["norm"].dtype) == (np.int8, np.float16, np.float32)
+    expected = jax.tree.map(lambda leaf: cpu_codes.numbers(cpu_codes.rounded(leaf)) if leaf.ndim == 2 else leaf, branch)
+    loaded = load_branch(str(tmp_path), CONFIG, PARAMS).branch
+    assert_equal(loaded, expected)
+    save_branch(tmp_path / "again", loaded, info, in_bytes=True)
+    assert contents(tmp_path / "again")[TENSORS_NAME] == (tmp_path / TENSORS_NAME).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"head.scale": None}, ["head is stored as I8", "no head.scale"]),
+        ({"head.scale": np.ones((5, 2), np.float16)}, ["head.scale is F16 [5, 2]", "expected F16 [5, 1]"]),
+        ({"head.scale": np.ones((5, 1), np.float32)}, ["head.scale is F32 [5, 1]", "expected F16 [5, 1]"]),
+    ],
+    ids=["missing", "of another size", "of another kind"],
+)
+def test_codes_without_their_scales_are_refused(tmp_path, change, named):
+    branch, info = write(tmp_path)
+    save_branch(tmp_path, branch, info, in_bytes=True)
+    edit_tensors(**change)(tmp_path)
+    message = error_of(tmp_path)
+    for text in named:
+        assert text in message
 
 
 def test_the_branch_takes_the_dtype_of_its_target(tmp_path):
@@ -186,10 +226,10 @@ DAMAGES = {
     "a list for info": (damage(INFO_NAME, lambda data: b"[]"), [INFO_NAME, "expected a JSON object"]),
     "a model's config": (damage(INFO_NAME, lambda data: json.dumps(tiny.hf_config()).encode()), ["format_version is None", "expected 1"]),
     "a later format": (edit_info(format_version=2), ["format_version is 2", "expected 1"]),
-    "a missing field": (edit_info(exit_layer=None), ["exit_layer is None", "expected a positive integer"]),
-    "a text for a number": (edit_info(exit_layer="2"), ["exit_layer is '2'", "expected a positive integer"]),
-    "true for a number": (edit_info(draft_vocab_size=True), ["draft_vocab_size is True", "expected a positive integer"]),
-    "no exit": (edit_info(exit_layer=0), ["exit_layer is 0", "expected a positive integer"]),
+    "a missing field": (edit_info(exit_layer=None), ["exit_layer is None", "expected an integer >= 0"]),
+    "a text for a number": (edit_info(exit_layer="2"), ["exit_layer is '2'", "expected an integer >= 0"]),
+    "true for a number": (edit_info(draft_vocab_size=True), ["draft_vocab_size is True", "expected an integer >= 1"]),
+    "no exit": (edit_info(exit_layer=0), ["exit_layer is 0", "expected 1 to"]),
     "a slope that is not finite": (edit_info(calibration_slope=float("nan")), ["calibration_slope is nan", "expected a finite number"]),
     "a number for provenance": (edit_info(training=3), ["training is 3", "expected an object"]),
     "exit behind the last block": (edit_info(exit_layer=3), ["exit_layer is 3", "expected 1 to 2 for a model of 3 blocks"]),

@@ -103,10 +103,11 @@ def test_accumulated_parts_are_the_whole_batch(mixed, alone, parts):
 # Packed rows ------------------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def packed(dataset, tmp_path_factory) -> tuple[trainer.Run, data.Batch, jax.Array, jax.Array]:
-    """A run, a batch of packed rows, h_N on it, and the branch's normed output."""
-    run = prepare(make_config(dataset, tmp_path_factory.mktemp("packed")))
+@pytest.fixture(scope="module", params=[False, True], ids=["one input", "two inputs"])
+def packed(request, dataset, tmp_path_factory) -> tuple[trainer.Run, data.Batch, jax.Array, jax.Array]:
+    """A run, a batch of packed rows, h_N on it, and the branch's output."""
+    config = make_config(dataset, tmp_path_factory.mktemp("packed"))
+    run = prepare(dataclasses.replace(config, branch=dataclasses.replace(config.branch, deep_input=request.param)))
     batch = first_batch(run)
     return run, batch, *seen(run, batch)
 
@@ -116,8 +117,9 @@ def seen(run: trainer.Run, batch: data.Batch) -> tuple[jax.Array, jax.Array]:
 
 
 def _seen(config, trained, frozen, batch):
-    hidden, _ = teacher.hidden_states(config, frozen.trunk, batch, last=False)
-    return hidden, step.branch_hidden(config, step.to_branch(trained, frozen, jnp.float32), hidden, batch)
+    hidden, last = teacher.hidden_states(config, frozen.trunk, batch, last=True)
+    deep = None if trained.fusion is None else last
+    return hidden, step.branch_output(config, step.to_branch(trained, frozen, jnp.float32), hidden, deep, batch)
 
 
 def pieces(batch: data.Batch) -> list[tuple[int, np.ndarray]]:
@@ -137,22 +139,26 @@ def test_what_a_step_sees_of_a_packed_example_is_what_decoding_sees(packed):
 
     @jax.jit
     def alone(tokens_1xT):
-        x = llama.embed(params, tokens_1xT)
-        return llama.forward_blocks(config, params["blocks"], x, jnp.zeros(1, jnp.int32), None, range(exit_layer))[0]
+        x, start_1 = llama.embed(params, tokens_1xT), jnp.zeros(1, jnp.int32)
+        x = llama.forward_blocks(config, params["blocks"], x, start_1, None, range(exit_layer))[0]
+        late = llama.forward_blocks(config, params["blocks"], x, start_1, None, range(exit_layer, config.num_layers))[0]
+        deep = llama.last_hidden(config, params, late)
+        return x, exit_branch.before(jnp.zeros_like(deep[:, 0]), deep)
 
     @jax.jit
-    def one_token(hidden_1x1xD, cache, start_1):
-        x, entries = exit_branch.run_exit_block(config, branch, hidden_1x1xD, start_1, cache)
-        return llama.rms_norm(x, branch.norm, config.norm_eps), kv.write(cache, entries, start_1, x)
+    def one_token(hidden_1x1xD, deep_1x1xD, cache, start_1):
+        x = exit_branch.fuse(config, branch, hidden_1x1xD, deep_1x1xD)
+        x, entries = exit_branch.run_exit_block(config, branch, x, start_1, cache)
+        return exit_branch.draft_output(config, branch, x), kv.write(cache, entries, start_1, x)
 
     for row, places in pieces(batch)[:6]:
         tokens = np.zeros((1, width), np.int32)
         tokens[0, : len(places)] = batch.tokens[row, places]
-        decoded = alone(tokens)[0, : len(places)]
+        decoded, deep = (x[0, : len(places)] for x in alone(tokens))
         np.testing.assert_allclose(hidden[row, places], decoded, rtol=1e-4, atol=1e-5)
         cache = kv.empty(config, 1, width, jnp.float32, blocks=1)
         for t, place in enumerate(places):
-            output, cache = one_token(decoded[None, t : t + 1], cache, jnp.array([t]))
+            output, cache = one_token(decoded[None, t : t + 1], deep[None, t : t + 1], cache, jnp.array([t]))
             np.testing.assert_allclose(outputs[row, place], output[0, 0], rtol=1e-4, atol=1e-5)
 
 
@@ -165,3 +171,10 @@ def test_packed_examples_do_not_see_each_other(packed):
     assert np.any(changed.tokens[row] != batch.tokens[row])
     for again, before in zip(seen(run, changed), (hidden, outputs), strict=True):
         np.testing.assert_array_equal(again[row, places], before[row, places])
+
+
+@pytest.mark.parametrize(("wide", "count"), [(49152, 16), (1000, 3), (300, 16)])
+def test_the_most_probable_tokens_are_those_of_a_whole_sort(wide, count):
+    x = jnp.round(jax.random.normal(jax.random.key(0), (3, 5, wide)) * 4) / 4  # many are equal
+    for found, expected in zip(jax.jit(teacher.top_k, static_argnums=1)(x, count), jax.lax.top_k(x, count), strict=True):
+        np.testing.assert_array_equal(found, expected)

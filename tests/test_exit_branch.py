@@ -16,6 +16,7 @@ from eesd_jax.model.exit_branch import (
     ExitBranch,
     abstract_exit_branch,
     draft_logits,
+    draft_output,
     exit_branch_shardings,
     init_exit_branch,
     run_exit_block,
@@ -52,7 +53,7 @@ run = jax.jit(run_exit_block, static_argnums=0)
 
 def logits_of(config: ModelConfig, branch: ExitBranch, h: jax.Array) -> np.ndarray:
     x, _ = run(config, branch, h, jnp.zeros(BATCH, jnp.int32), None)
-    return np.asarray(draft_logits(config, branch, x))
+    return np.asarray(draft_logits(branch, draft_output(config, branch, x)))
 
 
 def test_zero_start_is_a_logit_lens(target):

@@ -47,10 +47,11 @@ LOOKUP = {
     "n-grams alone, fixed": Arms(None, 2 + ngrams.ORDER, **COSTS, **BETA, fixed=3),
     "n-grams and cost_aware": Arms(CONTROLLERS["cost_aware"], 2 + ngrams.ORDER, **COSTS, **BETA),
 }
+DEEP = ("fixed:3", "cost_aware")  # controllers of a branch with the second input
 NGRAMS = jnp.asarray(ngrams.build(np.random.default_rng(0).integers(0, VOCABULARY, (20, 12)).tolist(), 1024))
 CONFIG = tiny.config(vocab_size=VOCABULARY, num_hidden_layers=3, hidden_size=16, intermediate_size=32)
 # Bonferroni over controllers x draft vocabularies x prompts x settings, at one false alarm in a thousand suites.
-BOUND = 1e-3 / ((len(CONTROLLERS) * 2 + len(LOOKUP)) * len(PROMPTS) * len(SETTINGS))
+BOUND = 1e-3 / ((len(CONTROLLERS) * 2 + len(DEEP) + len(LOOKUP)) * len(PROMPTS) * len(SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +60,8 @@ def params() -> llama.Params:
     return values | {"lm_head": values["lm_head"] * 2.0}  # further from uniform
 
 
-def branch_of(params: llama.Params, draft_ids: list[int]) -> exit_branch.ExitBranch:
-    return exit_branch.init_exit_branch(CONFIG, params, DRAFT.exit_layer, "next", jnp.array(draft_ids))
+def branch_of(params: llama.Params, draft_ids: list[int], *, deep_input: bool = False) -> exit_branch.ExitBranch:
+    return exit_branch.init_exit_branch(CONFIG, params, DRAFT.exit_layer, "next", jnp.array(draft_ids), deep_input=deep_input)
 
 
 @pytest.fixture(scope="module")
@@ -99,10 +100,10 @@ def draw_texts(
 
     @jax.jit
     def run(keys: jax.Array) -> loop.DecodeState:
-        state, exit_cache = loop.prefill(
+        state, exits = loop.prefill(
             CONFIG, params, branch, prompts, length, length + BUDGET, keys, exit_layer=draft.exit_layer, capacity=12, chunk=8
         )
-        state = speculative.start_drafting(state, exit_cache, controller)
+        state = speculative.start_drafting(state, exits, controller)
 
         def step(state: loop.DecodeState) -> loop.DecodeState:
             return speculative.round_step(CONFIG, draft, controller, jnp.array([EOS], jnp.int32), params, branch, settings, state, table)
@@ -138,6 +139,11 @@ def smallest_p_value(counts: dict[tuple[int, int], Counter], exact: dict[tuple[i
 @pytest.mark.parametrize("name", CONTROLLERS)
 def test_texts_follow_the_law_of_the_target(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_texts(params, branch_of(params, [0, 2, 4]), CONTROLLERS[name]), exact) > BOUND
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_texts_follow_the_law_with_a_second_input(params: llama.Params, exact: dict, name: str):
+    assert smallest_p_value(draw_texts(params, branch_of(params, [0, 2, 4], deep_input=True), CONTROLLERS[name]), exact) > BOUND
 
 
 def draw_with_lookup(params: llama.Params, name: str) -> dict[tuple[int, int], Counter]:

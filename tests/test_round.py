@@ -12,7 +12,7 @@ from eesd_jax import DecodeConfig, Engine, SamplingConfig, engine
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Beta, Calibration, Controller, Fixed
-from eesd_jax.decode.state import DecodeState
+from eesd_jax.decode.state import RUNNING, DecodeState
 from eesd_jax.engine import Drafter
 from eesd_jax.model import cache as kv
 from eesd_jax.model.exit_branch import init_exit_branch
@@ -24,9 +24,17 @@ BETA = Beta(prior_alpha=4.0, prior_beta=1.0, discount=0.9, idle_discount=1.0)
 MODEL = functools.cache(lambda: tiny.loaded_model()._replace(eos_ids=()))
 
 
-def make_engine(exit_layer: int, start: str, eos_ids: tuple[int, ...] = (), widths: tuple[int, ...] = (2,), max_draft: int = 3) -> Engine:
+def make_engine(
+    exit_layer: int,
+    start: str,
+    eos_ids: tuple[int, ...] = (),
+    widths: tuple[int, ...] = (2,),
+    max_draft: int = 3,
+    *,
+    deep_input: bool = False,
+) -> Engine:
     model = MODEL()
-    branch = init_exit_branch(model.config, model.params, exit_layer, start)
+    branch = init_exit_branch(model.config, model.params, exit_layer, start, deep_input=deep_input)
     drafter = Drafter(branch, DraftConfig(exit_layer, max_draft, widths), Calibration(), trained=False)
     return Engine(model._replace(eos_ids=eos_ids), OPTIONS, drafter)
 
@@ -41,6 +49,12 @@ def lm() -> Engine:
 def perfect() -> Engine:
     """A draft that is the target: blocks 1..L-1, and a branch that is block L, norm and head."""
     return make_engine(2, "last")
+
+
+@pytest.fixture(scope="module")
+def deep() -> Engine:
+    """A branch on the embedding and on the target's last hidden state of the token before."""
+    return make_engine(0, "next", deep_input=True)
 
 
 @pytest.fixture(scope="module")
@@ -59,19 +73,26 @@ def states(lm: Engine, controller: Controller, rounds: int, sampling: SamplingCo
 
 
 def assert_caches_hold_the_committed_tokens(lm: Engine, state: DecodeState) -> None:
-    """Keys and values of the first length - 1 tokens, in every block and in the exit block, are those of a fresh pass over them."""
+    """Keys and values of the first length - 1 tokens, in every block and in the exit block, are those of a fresh pass over them.
+
+    And so is what a branch with a second input begins its next draft with.
+    """
     config, drafter = lm.model.config, lm.drafter
     capacity = state.tokens.shape[1]
-    fresh, fresh_exit = jax.jit(loop.prefill, static_argnums=0, static_argnames=("exit_layer", "capacity", "chunk"))(
+    fresh, exits = jax.jit(loop.prefill, static_argnums=0, static_argnames=("exit_layer", "capacity", "chunk"))(
         config, lm.model.params, drafter.branch, state.tokens, state.length, state.limit, state.row_keys,
         exit_layer=drafter.draft.exit_layer, capacity=capacity, chunk=capacity,
     )  # fmt: skip
-    pairs = zip(jax.tree.leaves((state.cache, state.draft.exit_cache)), jax.tree.leaves((fresh.cache, fresh_exit)), strict=True)
+    pairs = zip(jax.tree.leaves((state.cache, state.draft.exit_cache)), jax.tree.leaves((fresh.cache, exits.exit_cache)), strict=True)
     for held, expected in pairs:
         slots = held.shape.index(capacity)
         for row, length in enumerate(np.asarray(state.length)):
             valid = [np.take(np.asarray(leaf[row]), np.arange(length - 1), axis=slots - 1) for leaf in (held, expected)]
             np.testing.assert_allclose(*valid, atol=2e-5)
+    assert (exits.deep is None) == (drafter.branch.fusion is None)
+    if exits.deep is not None:
+        running = np.asarray(state.finish) == RUNNING
+        np.testing.assert_allclose(state.draft.deep[running], exits.deep[running], atol=2e-5)
 
 
 def replay(controller: Beta, state: DecodeState) -> tuple[np.ndarray, np.ndarray]:
@@ -111,6 +132,32 @@ def test_invariants_hold_after_every_round(lm: Engine, sampling: SamplingConfig)
     for state in states(lm, BETA, 8, sampling):
         assert_caches_hold_the_committed_tokens(lm, state)
         assert_counts_agree(state, BETA)
+
+
+def test_invariants_hold_with_a_second_input(deep: Engine, plain_tokens: list[list[int]]):
+    for state in states(deep, BETA, 8, SamplingConfig(temperature=1.0)):
+        assert_caches_hold_the_committed_tokens(deep, state)
+        assert_counts_agree(state, BETA)
+    for controller in (Fixed(3), BETA):
+        together = deep.generate_ids(PROMPTS, seeds=[0] * 4, controller=controller)
+        assert [generation.token_ids for generation in together] == plain_tokens
+
+
+def test_a_long_prompt_in_chunks_gives_the_second_input_of_a_short_one(deep: Engine):
+    """Whatever chunk its end lies in, also where it is the first of one."""
+    config, params, branch = deep.model.config, deep.model.params, deep.drafter.branch
+    tokens = jnp.arange(1, 25).reshape(1, 24) * jnp.ones((8, 1), jnp.int32)
+    lengths = jnp.array([1, 2, 7, 8, 9, 16, 17, 24])
+    keys = jax.vmap(jax.random.key)(jnp.arange(8))
+    run = jax.jit(loop.prefill, static_argnums=0, static_argnames=("exit_layer", "capacity", "chunk"))
+    whole, parts = (
+        run(config, params, branch, tokens, lengths, lengths + 1, keys, exit_layer=0, capacity=32, chunk=chunk)[1] for chunk in (24, 8)
+    )
+    np.testing.assert_allclose(whole.deep, parts.deep, atol=1e-5)
+    np.testing.assert_array_equal(whole.deep[0], 0)
+    for held, expected in zip(jax.tree.leaves(parts.exit_cache), jax.tree.leaves(whole.exit_cache), strict=True):
+        slots = held.shape.index(32)
+        np.testing.assert_allclose(*(np.take(np.asarray(leaf), np.arange(24), axis=slots) for leaf in (held, expected)), atol=1e-5)
 
 
 def test_a_perfect_draft_is_always_accepted(perfect: Engine, plain_tokens: list[list[int]]):

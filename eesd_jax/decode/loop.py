@@ -2,20 +2,45 @@
 
 `decode` runs to the end, or for a bounded number of steps (streaming, stop strings): the same compiled program, called once or many times.
 
-Axes: B rows, P padded prompt, S capacity in tokens, V vocabulary, E ids that end a text.
+Axes: B rows, P padded prompt, S capacity in tokens, D hidden, V vocabulary, E ids that end a text.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from eesd_jax.decode.sampling import Sampling, sample
-from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, ExitState
 from eesd_jax.model import cache as kv
 from eesd_jax.model import llama
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.exit_branch import ExitBranch, run_exit_block
+from eesd_jax.model.exit_branch import ExitBranch, before, fuse, run_exit_block
+
+
+def empty_exits(config: ModelConfig, branch: ExitBranch | None, batch: int, capacity: int, dtype: jnp.dtype) -> ExitState:
+    """What a branch carries before the first token."""
+    if branch is None:
+        return ExitState(None, None)
+    deep = None if branch.fusion is None else jnp.zeros((batch, config.hidden_size), dtype)
+    return ExitState(kv.empty(config, batch, capacity, dtype, blocks=1), deep)
+
+
+class _Deep(NamedTuple):
+    """Normed last hidden states, [B, D] each or None. last: of the last token that was run. wanted: see `DraftState.deep`."""
+
+    last: jax.Array | None
+    wanted: jax.Array | None
+
+
+class _Run(NamedTuple):
+    """Some tokens run: new keys and values of all blocks and of the exit block, the residual stream [B, T, D], and `_Deep` behind them."""
+
+    entries: kv.KVCache
+    exit_entries: kv.KVCache | None
+    x: jax.Array
+    deep: _Deep
 
 
 def prefill(
@@ -30,7 +55,7 @@ def prefill(
     exit_layer: int,
     capacity: int,
     chunk: int,
-) -> tuple[DecodeState, kv.KVCache | None]:
+) -> tuple[DecodeState, ExitState]:
     """Runs the prompts through the model.
 
     Args:
@@ -44,41 +69,54 @@ def prefill(
       capacity: slots of the caches, static; at least P.
 
     Returns:
-      The state before the first plain step, and the exit block's cache (None without a branch).
+      The state before the first plain step, and what drafting takes from here (see `speculative.start_drafting`).
     """
     batch, padded = prompt_BxP.shape
     early, late = range(exit_layer), range(exit_layer, config.num_layers)
+    dtype = params["embed"].dtype
+    exit_cache, no_deep = empty_exits(config, branch, batch, capacity, dtype)
 
-    def run(tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None) -> tuple[kv.KVCache, kv.KVCache | None, jax.Array]:
+    def run(tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None, deep: _Deep) -> _Run:
         x = llama.embed(params, tokens_BxT)
         h, early_entries = llama.forward_blocks(config, params["blocks"], x, start_B, cache, early)
         x, late_entries = llama.forward_blocks(config, params["blocks"], h, start_B, cache, late)
-        exit_entries = None if branch is None else run_exit_block(config, branch, h, start_B, None)[1]
-        return kv.KVCache(early_entries.k + late_entries.k, early_entries.v + late_entries.v), exit_entries, x
+        entries = kv.KVCache(early_entries.k + late_entries.k, early_entries.v + late_entries.v)
+        if branch is None:
+            return _Run(entries, None, x, deep)
+        deep_BxTxD = None
+        if no_deep is not None:
+            own = llama.last_hidden(config, params, x)
+            deep_BxTxD = before(deep.last, own)
+            # A prompt of one token has none before it, which is as `before` the first.
+            place_B = length_B - 1 - start_B
+            here = (place_B >= 0) & (place_B < tokens_BxT.shape[1])
+            found = jnp.take_along_axis(deep_BxTxD, jnp.clip(place_B, 0, tokens_BxT.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+            deep = _Deep(own[:, -1], jnp.where(here[:, None], found, deep.wanted))
+        return _Run(entries, run_exit_block(config, branch, fuse(config, branch, h, deep_BxTxD), start_B, None)[1], x, deep)
 
+    deep = _Deep(no_deep, no_deep)
     if padded <= chunk:
-        cache, exit_cache, _ = run(prompt_BxP, jnp.zeros(batch, jnp.int32), None)
+        cache, exit_cache, _, deep = run(prompt_BxP, jnp.zeros(batch, jnp.int32), None, deep)
         cache = kv.pad(cache, capacity - padded)
         exit_cache = None if exit_cache is None else kv.pad(exit_cache, capacity - padded)
     else:
 
-        def run_chunk(index: jax.Array, caches: tuple[kv.KVCache, kv.KVCache | None]) -> tuple[kv.KVCache, kv.KVCache | None]:
-            cache, exit_cache = caches
+        def run_chunk(index: jax.Array, carry: tuple[kv.KVCache, kv.KVCache | None, _Deep]) -> tuple[kv.KVCache, kv.KVCache | None, _Deep]:
+            cache, exit_cache, deep = carry
             start_B = jnp.full(batch, index * chunk, jnp.int32)
             tokens_BxT = jax.lax.dynamic_slice_in_dim(prompt_BxP, index * chunk, chunk, axis=1)
-            entries, exit_entries, x = run(tokens_BxT, start_B, cache)
+            entries, exit_entries, x, deep = run(tokens_BxT, start_B, cache, deep)
             exit_cache = None if exit_cache is None else kv.write(exit_cache, exit_entries, start_B, after=x)
-            return kv.write(cache, entries, start_B, after=x), exit_cache
+            return kv.write(cache, entries, start_B, after=x), exit_cache, deep
 
         # Entries behind a row's own length are garbage, and hidden by its length like everything else there.
         chunks = (jnp.max(length_B) + chunk - 1) // chunk
-        dtype = params["embed"].dtype
-        exit_cache = None if branch is None else kv.empty(config, batch, capacity, dtype, blocks=1)
-        cache, exit_cache = jax.lax.fori_loop(0, chunks, run_chunk, (kv.empty(config, batch, capacity, dtype), exit_cache))
+        carry = (kv.empty(config, batch, capacity, dtype), exit_cache, deep)
+        cache, exit_cache, deep = jax.lax.fori_loop(0, chunks, run_chunk, carry)
     tokens = jnp.pad(prompt_BxP, ((0, 0), (0, capacity - padded)))
     # Rows that only fill up the batch have no budget. A weak type here would compile the loop again once the host has ended a row.
     finish = jnp.where(length_B < limit_B, RUNNING, LENGTH).astype(jnp.int32)
-    return DecodeState(tokens, length_B, limit_B, finish, row_keys_B, cache, None), exit_cache
+    return DecodeState(tokens, length_B, limit_B, finish, row_keys_B, cache, None), ExitState(exit_cache, deep.wanted)
 
 
 def plain_step(config: ModelConfig, eos_ids_E: jax.Array, params: llama.Params, sampling: Sampling, state: DecodeState) -> DecodeState:

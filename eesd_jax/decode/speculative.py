@@ -10,8 +10,8 @@
 4. Learn: the controller's state is updated from what was drafted and accepted.
 5. Roll back: only lengths say what is valid, so nothing is erased.
 
-The exit block's keys and values are plain projections of the hidden states, and all of them are written in verification, also that of the
-last draft, which the branch itself never ran on.
+The exit block's keys and values are plain projections of its input, and all of them are written in verification, also that of the last
+draft, which the branch itself never ran on; of a branch with a second input with what verification has found to stand there.
 
 Axes: B rows, K drafts at most, W = K + 1 positions, N blocks that draft, D hidden, Q draft vocabulary, E ids that end a text.
 """
@@ -28,7 +28,7 @@ from eesd_jax.decode import ngrams, verify
 from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.lookup import look_up
 from eesd_jax.decode.sampling import Sampling, sample
-from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, DraftState, RoundLog, empty_log
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, DraftState, ExitState, RoundLog, empty_log
 from eesd_jax.model import cache as kv
 from eesd_jax.model import exit_branch, llama
 from eesd_jax.model.config import ModelConfig
@@ -38,7 +38,7 @@ class _Drafting(NamedTuple):
     """Carried from draft to draft.
 
     k: int32 scalar, drafts so far. keep: bool [B], rows that draft on. hidden: [B, W, D] behind block N. drafts: see `verify.Drafts`.
-    plan: the controller's. early: caches of blocks 1..N. exit_cache: of the exit block, if there is one.
+    plan: the controller's. early: caches of blocks 1..N. exit_cache: of the exit block, if there is one. deep: [B, D], see `fuse`.
     """
 
     k: jax.Array
@@ -48,12 +48,13 @@ class _Drafting(NamedTuple):
     plan: Any
     early: kv.KVCache
     exit_cache: kv.KVCache | None
+    deep: jax.Array | None
 
 
-def start_drafting(state: DecodeState, exit_cache: kv.KVCache | None, controller: Controller) -> DecodeState:
-    """Adds to a prefilled state what speculation carries; `exit_cache` is what prefill gave."""
+def start_drafting(state: DecodeState, exits: ExitState, controller: Controller) -> DecodeState:
+    """Adds to a prefilled state what speculation carries; `exits` is what prefill gave."""
     batch, capacity = state.tokens.shape
-    return state._replace(draft=DraftState(exit_cache, controller.init(batch), empty_log(batch, capacity)))
+    return state._replace(draft=DraftState(*exits, controller.init(batch), empty_log(batch, capacity)))
 
 
 def _draft(
@@ -114,16 +115,18 @@ def _draft(
         plan = controller.propose(plan_keys, state.draft.controller, running)
     drafts = verify.Drafts(tokens, looked, nothing, jnp.zeros((batch, max_draft, _draft_vocab(branch)), jnp.float32), looked > 0)
     if branch is None:
-        return _Drafting(jnp.int32(0), jnp.zeros(batch, bool), hidden, drafts, plan, caches, None)
+        return _Drafting(jnp.int32(0), jnp.zeros(batch, bool), hidden, drafts, plan, caches, None, None)
     keep, plan = decide(plan, jnp.int32(0), jnp.ones(batch, jnp.float32), running & (looked == 0))
-    carry = _Drafting(jnp.int32(0), keep, hidden, drafts, plan, caches, state.draft.exit_cache)
+    carry = _Drafting(jnp.int32(0), keep, hidden, drafts, plan, caches, state.draft.exit_cache, state.draft.deep)
 
     def body(c: _Drafting) -> _Drafting:
         start_B = state.length - 1 + c.k
         h_Bx1xD = jax.lax.dynamic_slice_in_dim(c.hidden, c.k, 1, axis=1)
+        h_Bx1xD = exit_branch.fuse(config, branch, h_Bx1xD, None if c.deep is None else c.deep[:, None])
         x, new = exit_branch.run_exit_block(config, branch, h_Bx1xD, start_B, c.exit_cache)
         exit_cache = kv.write(c.exit_cache, new, start_B, after=x)
-        logits_BxQ = exit_branch.draft_logits(config, branch, x)[:, 0]
+        output_Bx1xD = exit_branch.draft_output(config, branch, x)
+        logits_BxQ = exit_branch.draft_logits(branch, output_Bx1xD)[:, 0]
         draw = sample(jax.vmap(jax.random.fold_in, (0, None))(draw_keys, c.k), logits_BxQ, sampling)
         token_B = branch.draft_ids[draw.token]
         # Of the distribution as the branch gives it: a warped one would be sure of itself at temperature 0.
@@ -139,7 +142,8 @@ def _draft(
         )
         h, caches = early_step(token_B, c.k + 1, c.early)
         keep, plan = decide(c.plan, c.k + 1, confidence_B, c.keep)
-        return _Drafting(c.k + 1, keep, c.hidden.at[:, c.k + 1].set(h), drafts, plan, caches, exit_cache)
+        deep = None if c.deep is None else output_Bx1xD[:, 0]
+        return _Drafting(c.k + 1, keep, c.hidden.at[:, c.k + 1].set(h), drafts, plan, caches, exit_cache, deep)
 
     return jax.lax.while_loop(lambda c: jnp.any(c.keep), body, carry)
 
@@ -158,12 +162,13 @@ def _switch_width(draft: DraftConfig, count_B: jax.Array, at_width: Callable[[in
 class _Verified(NamedTuple):
     """What verification gives.
 
-    verdict: of `verify.accept`. output: a value of the last block's output, [B]. late, exit_entries: new keys and values of blocks N+1..L
-    and of the exit block, K + 1 tokens wide.
+    verdict: of `verify.accept`. output: a value of the last block's output, [B]. deep: see `DraftState`. late, exit_entries: new keys and
+    values of blocks N+1..L and of the exit block, K + 1 tokens wide.
     """
 
     verdict: verify.Verdict
     output: jax.Array
+    deep: jax.Array | None
     late: kv.KVCache
     exit_entries: kv.KVCache | None
 
@@ -187,13 +192,21 @@ def _verify(
     def at_width(width: int) -> _Verified:
         hidden = drafted.hidden[:, :width]
         x, late = llama.forward_blocks(config, params["blocks"], hidden, start_B, state.cache, range(draft.exit_layer, config.num_layers))
-        exit_entries = None if branch is None else exit_branch.run_exit_block(config, branch, hidden, start_B, None)[1]
         d = drafted.drafts
         narrow = d._replace(tokens=d.tokens[:, : width - 1], chosen=d.chosen[:, : width - 1], probs=d.probs[:, : width - 1])
         draft_ids = jnp.zeros(0, jnp.int32) if branch is None else branch.draft_ids
         verdict = verify.accept(keys_B, narrow, draft_ids, llama.logits(config, params, x), sampling)
         pad = draft.max_draft + 1 - width
-        return _Verified(verdict, x[:, 0, 0], kv.pad(late, pad), None if exit_entries is None else kv.pad(exit_entries, pad))
+        if branch is None:
+            return _Verified(verdict, x[:, 0, 0], None, kv.pad(late, pad), None)
+        deep, deep_BxWxD = None, None
+        if branch.fusion is not None:
+            own = llama.last_hidden(config, params, x)
+            deep_BxWxD = exit_branch.before(state.draft.deep, own)
+            deep = jnp.take_along_axis(own, verdict.accepted[:, None, None], axis=1)[:, 0]
+        fused = exit_branch.fuse(config, branch, hidden, deep_BxWxD)
+        exit_entries = exit_branch.run_exit_block(config, branch, fused, start_B, None)[1]
+        return _Verified(verdict, x[:, 0, 0], deep, kv.pad(late, pad), kv.pad(exit_entries, pad))
 
     return _switch_width(draft, drafted.drafts.count, at_width)
 
@@ -276,5 +289,11 @@ def round_step(
         ),
     )
     return DecodeState(
-        tokens, length, state.limit, jnp.where(running, finish, state.finish), state.row_keys, cache, DraftState(exit_cache, learned, log)
+        tokens,
+        length,
+        state.limit,
+        jnp.where(running, finish, state.finish),
+        state.row_keys,
+        cache,
+        DraftState(exit_cache, verified.deep, learned, log),
     )

@@ -3,7 +3,7 @@
 Invariant: the caches hold keys and values of exactly the first `length - 1` committed tokens of each row, in every block and in the exit
 block. The last committed token is run by the next step, so every token, the first included, comes out of a step.
 
-Axes: B rows, S capacity in tokens, R = S rounds.
+Axes: B rows, S capacity in tokens, R = S rounds, D hidden.
 """
 
 from typing import Any, NamedTuple
@@ -32,15 +32,24 @@ class RoundLog(NamedTuple):
     looked_up: jax.Array
 
 
+class ExitState(NamedTuple):
+    """What prefill gives to drafting: see `DraftState`; None each without a branch that needs it."""
+
+    exit_cache: KVCache | None
+    deep: jax.Array | None
+
+
 class DraftState(NamedTuple):
     """What speculation carries beside the plain state.
 
     exit_cache: keys and values of the exit block (a tuple of one), capacity S; None without a branch.
+    deep: [B, D], the target's normed last hidden state of the last committed token but one; None where no branch has it as an input.
     controller: the controller's own state, leading axis B.
     log: of all rounds so far.
     """
 
     exit_cache: KVCache | None
+    deep: jax.Array | None
     controller: Any
     log: RoundLog
 

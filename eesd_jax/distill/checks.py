@@ -48,7 +48,9 @@ def find(address: str, what: str) -> epath.Path:
 
 def check_against_model(config: ExperimentConfig, model_config: ModelConfig) -> None:
     """Raises UserError for what that model cannot do."""
-    exit_branch.check_exit_layer(model_config, config.branch.exit_layer)
+    exit_branch.check_exit_layer(model_config, config.branch.exit_layer, deep_input=config.branch.deep_input)
+    if config.loss.passes > 1 and not config.branch.deep_input:
+        raise UserError(f"loss.passes is {config.loss.passes} without branch.deep_input; expected 1, or branch.deep_input=True")
     vocab_size, context = model_config.vocab_size, model_config.context_length
     if not 0 <= config.branch.draft_vocab <= vocab_size:
         raise UserError(f"branch.draft_vocab is {config.branch.draft_vocab}; expected 0 (all) to {vocab_size}, the model's vocabulary")

@@ -111,8 +111,8 @@ def _empty(static: _Static, rows: int, params: llama.Params, branch: ExitBranch 
         cache = kv.empty(static.config, rows, capacity, dtype)
         state = DecodeState(tokens, ones, ones * 1, ones * LENGTH, keys, cache, None)
         if static.controller is not None:
-            exit_cache = None if branch is None else kv.empty(static.config, rows, capacity, dtype, blocks=1)
-            state = speculative.start_drafting(state, exit_cache, static.controller)
+            exits = loop.empty_exits(static.config, branch, rows, capacity, dtype)
+            state = speculative.start_drafting(state, exits, static.controller)
         zeros = jnp.zeros(rows)
         return _Rows(state, Sampling(zeros, jnp.zeros(rows, jnp.int32), jnp.ones(rows), zeros * 1))
 
@@ -129,7 +129,7 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
 
     def refill(params: llama.Params, branch: ExitBranch | None, key: jax.Array, prompts: _Prompts, rows: _Rows) -> _Rows:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.index)
-        new, exit_cache = loop.prefill(
+        new, exits = loop.prefill(
             static.config,
             params,
             branch,
@@ -142,7 +142,7 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
             chunk=static.chunk,
         )
         if static.controller is not None:
-            new = speculative.start_drafting(new, exit_cache, static.controller)
+            new = speculative.start_drafting(new, exits, static.controller)
 
         def place(i: jax.Array, rows: _Rows) -> _Rows:
             def write(old: jax.Array, fresh: jax.Array) -> jax.Array:

@@ -19,16 +19,20 @@ from eesd_jax.distill import teacher
 from eesd_jax.distill.data import Batch
 from eesd_jax.distill.layout import Layout
 from eesd_jax.distill.teacher import Features, Trunk
-from eesd_jax.model import llama, rope
+from eesd_jax.model import exit_branch, llama, rope
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.exit_branch import ExitBranch
+from eesd_jax.model.exit_branch import ExitBranch, Fusion
 
 
 class Trained(NamedTuple):
-    """What learns, float32. block: params of one `llama.Block`. norm: [D]. head: [Q, D], or None where it stays the target's."""
+    """What learns, float32. block: params of one `llama.Block`. norm: [D]. fusion: see `ExitBranch`.
+
+    head: [Q, D], or None where it stays the target's.
+    """
 
     block: llama.Params
     norm: jax.Array
+    fusion: Fusion | None
     head: jax.Array | None
 
 
@@ -105,7 +109,7 @@ def _is_matrix(params: Trained) -> Trained:
 
 def init_state(config: StepConfig, branch: ExitBranch, *, train_head: bool) -> TrainState:
     """The state before the first step, on the branch's devices: moments lie where their weights do."""
-    trained = Trained(branch.block, branch.norm, branch.head if train_head else None)
+    trained = Trained(branch.block, branch.norm, branch.fusion, branch.head if train_head else None)
     # Copies, because a branch made from the target shares its weights, and the state is given away at every step.
     trained = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32, copy=True), trained)
     optimizer = config.make_optimizer()
@@ -135,16 +139,27 @@ def state_shardings(config: StepConfig, trained: Trained, mesh: Mesh) -> TrainSt
 def to_branch(trained: Trained, frozen: Frozen, dtype: jnp.dtype) -> ExitBranch:
     """The branch as decoding wants it."""
     head = frozen.head if trained.head is None else trained.head
-    return ExitBranch(*jax.tree.map(lambda leaf: leaf.astype(dtype), (trained.block, trained.norm, head)), frozen.draft_ids)
+    block, norm, fusion, head = jax.tree.map(lambda leaf: leaf.astype(dtype), (trained.block, trained.norm, trained.fusion, head))
+    return ExitBranch(block, norm, head, frozen.draft_ids, fusion)
 
 
-def branch_hidden(config: ModelConfig, branch: ExitBranch, hidden_BxTxD: jax.Array, batch: Batch) -> jax.Array:
-    """The branch's normed output [B, T, D] on whole packed rows, as decoding would compute it token by token."""
+def branch_output(
+    config: ModelConfig, branch: ExitBranch, hidden_BxTxD: jax.Array, deep_BxTxD: jax.Array | None, batch: Batch
+) -> jax.Array:
+    """The branch's `draft_output` [B, T, D] on whole packed rows, as decoding would compute it token by token.
+
+    Args:
+      deep_BxTxD: what the second input of the token behind each is; None for a branch without one.
+    """
+    if deep_BxTxD is not None:
+        deep_BxTxD = exit_branch.before(jnp.zeros_like(deep_BxTxD[:, 0]), deep_BxTxD)
+        deep_BxTxD = jnp.where((batch.positions > 0)[..., None], deep_BxTxD, 0)  # the first token of a text has none before it
+    hidden_BxTxD = exit_branch.fuse(config, branch, hidden_BxTxD, deep_BxTxD)
     rot = rope.rotation(config.rope, config.head_dim, batch.positions)
     start_B = jnp.zeros(hidden_BxTxD.shape[0], jnp.int32)
     mask = teacher.attention_mask(batch.segments)
     x, _, _ = llama.Block(config).apply({"params": branch.block}, hidden_BxTxD, rot, None, None, start_B, mask, config.windows[-1])
-    return llama.rms_norm(x, branch.norm, config.norm_eps)
+    return exit_branch.draft_output(config, branch, x)
 
 
 def compute_features(config: StepConfig, trunk: Trunk, batch: Batch) -> Features:
@@ -157,7 +172,8 @@ def total_loss(config: StepConfig, trained: Trained, frozen: Frozen, features: F
     """Sums over the positions that count. The branch comes first: it alone is differentiated."""
     dtype = frozen.trunk.embed.dtype
     branch = to_branch(trained, frozen, dtype)
-    student = branch_hidden(config.model, branch, features.hidden.astype(dtype), batch)
+    hidden, last = (None if x is None else x.astype(dtype) for x in (features.hidden, features.last))
+    deep = None if branch.fusion is None else last
     vocab_size = frozen.trunk.head.shape[0]
 
     def score(head: jax.Array | None, student_BxCxD: jax.Array, part: tuple[jax.Array | None, losses.TopTokens | None]) -> losses.Totals:
@@ -173,8 +189,14 @@ def total_loss(config: StepConfig, trained: Trained, frozen: Frozen, features: F
             totals = totals._replace(loss=totals.loss + config.loss.regression * losses.regression(student_BxCxD, last))
         return totals
 
-    last = None if features.last is None else features.last.astype(dtype)
-    return losses.sum_in_chunks(score, config.loss.chunk, trained.head, student, batch.loss_mask, (last, features.top))
+    totals = None
+    for _ in range(config.loss.passes):
+        student = branch_output(config.model, branch, hidden, deep, batch)
+        found = losses.sum_in_chunks(score, config.loss.chunk, trained.head, student, batch.loss_mask, (last, features.top))
+        # Only the loss is of all passes; the rest says what the first draft of a round is worth.
+        totals = found if totals is None else totals._replace(loss=totals.loss + found.loss)
+        deep = student
+    return totals._replace(loss=totals.loss / config.loss.passes)
 
 
 def train_step(
@@ -249,7 +271,8 @@ def evaluate(
     totals = total_loss(config, trained, frozen, features, batch)
     dtype = frozen.trunk.embed.dtype
     branch = to_branch(trained, frozen, dtype)
-    student = branch_hidden(config.model, branch, features.hidden.astype(dtype), batch)
+    deep = None if branch.fusion is None else features.last.astype(dtype)
+    student = branch_output(config.model, branch, features.hidden.astype(dtype), deep, batch)
     last = features.last.astype(dtype) if features.top is None else None
 
     def best(part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
@@ -265,7 +288,9 @@ def evaluate(
     return totals, Confidence(confidence, ours == (features.top.ids[..., 0] if target is None else target), batch.loss_mask)
 
 
-def position_flops(config: ModelConfig, draft_vocab: int, *, online: bool, train_head: bool) -> float:
+def position_flops(
+    config: ModelConfig, draft_vocab: int, *, online: bool, train_head: bool, deep_input: bool = False, passes: int = 1
+) -> float:
     """Multiplications and additions of a step per token: forward of what runs, and twice that again where it is differentiated.
 
     Attention scores, which grow with the length, are left out, as are recomputed logits: this is what a utilisation is measured by.
@@ -273,6 +298,7 @@ def position_flops(config: ModelConfig, draft_vocab: int, *, online: bool, train
     heads, kv_heads = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     block = config.hidden_size * (2 * heads + 2 * kv_heads + 3 * config.intermediate_size)
     head = draft_vocab * config.hidden_size
-    branch = 3 * block + (3 if train_head else 2) * head
+    fusion = 2 * config.hidden_size**2 if deep_input else 0
+    branch = passes * (3 * (fusion + block) + (3 if train_head else 2) * head)
     trunk = config.num_layers * block + config.vocab_size * config.hidden_size if online else 0
     return 2.0 * (branch + trunk)

@@ -23,13 +23,15 @@ from eesd_jax.errors import UserError
 from eesd_jax.model import llama
 from eesd_jax.model.config import ModelConfig
 
+_TOP_GROUP = 128
 _SECONDS_TO_FLUSH = 60  # the most that a kill costs of a cache
 
 
 class Trunk(NamedTuple):
     """The target's weights, with blocks stacked for `scan_blocks`.
 
-    embed: [V, D]. early, late: blocks 1..N and N+1..L, leaves with a leading layers axis. final_norm: [D]. head: [V, D] (tied: `embed`).
+    embed: [V, D]. early, late: blocks 1..N and N+1..L, leaves with a leading layers axis; none before an exit at 0. final_norm: [D].
+    head: [V, D] (tied: `embed`).
     """
 
     embed: jax.Array
@@ -56,7 +58,7 @@ def split_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) -> T
 
     def stack(blocks: tuple[llama.Params, ...]) -> llama.Params:
         stacked = {}
-        for name in blocks[0]:
+        for name in blocks[0] if blocks else ():
             leaves = [block[name] for block in blocks]
             home = stacked_home(leaves[0].sharding)
             stacked[name] = jax.jit(_stack, out_shardings=home)(leaves).block_until_ready()
@@ -82,9 +84,13 @@ def join_trunk(config: ModelConfig, trunk: Trunk) -> llama.Params:
     """The params that decoding wants, blocks apart: copies."""
     blocks = []
     for stacked in (trunk.early, trunk.late):
-        blocks += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(jax.tree.leaves(stacked)[0].shape[0])]
+        blocks += [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(_depth(stacked))]
     params = {"embed": trunk.embed, "blocks": tuple(blocks), "final_norm": trunk.final_norm}
     return params if config.tie_embeddings else params | {"lm_head": trunk.head}
+
+
+def _depth(stacked: llama.Params) -> int:
+    return jax.tree.leaves(stacked)[0].shape[0] if stacked else 0
 
 
 def attention_mask(segments_BxT: jax.Array) -> jax.Array:
@@ -106,10 +112,10 @@ def hidden_states(
     x = trunk.embed[batch.tokens]
     if rows_home is not None:
         x = jax.lax.with_sharding_constraint(x, rows_home)
-    hidden = llama.scan_blocks(config, trunk.early, x, batch.positions, mask)
+    exit_layer = _depth(trunk.early)
+    hidden = llama.scan_blocks(config, trunk.early, x, batch.positions, mask) if exit_layer else x
     if not last:
         return hidden, None
-    exit_layer = jax.tree.leaves(trunk.early)[0].shape[0]
     x = llama.scan_blocks(config, trunk.late, hidden, batch.positions, mask, first=exit_layer)
     return hidden, llama.rms_norm(x, trunk.final_norm, config.norm_eps)
 
@@ -123,11 +129,25 @@ def top_tokens(trunk: Trunk, last_BxTxD: jax.Array, count: int, chunk: int) -> T
     """The most probable tokens at every position, logits of `chunk` positions of each row at a time."""
 
     def top(part_BxCxD: jax.Array) -> TopTokens:
-        log_probs, ids = jax.lax.top_k(jax.nn.log_softmax(teacher_logits(trunk, part_BxCxD)), count)
+        log_probs, ids = top_k(jax.nn.log_softmax(teacher_logits(trunk, part_BxCxD)), count)
         return TopTokens(ids, log_probs)
 
     found = jax.lax.map(top, split_positions(last_BxTxD, chunk))
     return jax.tree.map(lambda x: join_positions(x, last_BxTxD.shape[1]), found)
+
+
+def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """`jax.lax.top_k` of a wide last axis, which XLA for CPU sorts whole: here only the groups of it that have the greatest maxima."""
+    groups = -(-x.shape[-1] // _TOP_GROUP)
+    if groups <= 2 * count:
+        return jax.lax.top_k(x, count)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * _TOP_GROUP - x.shape[-1])], constant_values=-jnp.inf)
+    grouped = padded.reshape(*x.shape[:-1], groups, _TOP_GROUP)
+    # In increasing order, so that of equal values the first is taken, as `lax.top_k` does.
+    chosen = jnp.sort(jax.lax.top_k(jnp.max(grouped, axis=-1), count)[1], axis=-1)
+    kept = jnp.take_along_axis(grouped, chosen[..., None], axis=-2).reshape(*x.shape[:-1], count * _TOP_GROUP)
+    values, places = jax.lax.top_k(kept, count)
+    return values, jnp.take_along_axis(chosen, places // _TOP_GROUP, axis=-1) * _TOP_GROUP + places % _TOP_GROUP
 
 
 class FeatureCache:

@@ -112,7 +112,12 @@ class Run:
         branch = self._new_branch(model)
         self.initial = step.init_state(self.step_config, branch, train_head=config.branch.train_head)
         self.token_flops = step.position_flops(
-            model.config, branch.draft_ids.size, online=self.step_config.online, train_head=config.branch.train_head
+            model.config,
+            branch.draft_ids.size,
+            online=self.step_config.online,
+            train_head=config.branch.train_head,
+            deep_input=config.branch.deep_input,
+            passes=config.loss.passes,
         )
         chip = find_chip(jax.devices()[0].device_kind)
         self.peak_flops = chip.flops * jax.device_count() if chip else None
@@ -132,8 +137,10 @@ class Run:
         if config.draft_vocab:
             counts = data.token_counts(self.rows, model.config.vocab_size)
             draft_ids = np.sort(np.argsort(-counts, kind="stable")[: config.draft_vocab])
-        branch = exit_branch.init_exit_branch(model.config, model.params, config.exit_layer, config.start, draft_ids)
-        homes = exit_branch.exit_branch_shardings(model.config, branch.draft_ids.size, self.layout.mesh)
+        branch = exit_branch.init_exit_branch(
+            model.config, model.params, config.exit_layer, config.start, draft_ids, deep_input=config.deep_input
+        )
+        homes = exit_branch.exit_branch_shardings(model.config, branch.draft_ids.size, self.layout.mesh, deep_input=config.deep_input)
         return jax.tree.map(jax.device_put, branch, homes)
 
     def train(self) -> Result:
@@ -255,7 +262,7 @@ class Run:
         """The features of both splits, from disk as far as they are there."""
         config = self.config
         folder = pathlib.Path(config.cache.path or os.fspath(self.output / "cache")).expanduser()
-        length, hidden, needs_last = config.data.sequence_length, self.model_config.hidden_size, bool(config.loss.regression)
+        length, hidden = config.data.sequence_length, self.model_config.hidden_size
         compute = jax.jit(self._features_to_keep)
 
         def run(batch: Batch) -> teacher.Features:
@@ -270,24 +277,32 @@ class Run:
                 "dtype": config.cache.dtype,
                 "computed_in": self.identity["model.dtype"],
             }
-            cache = teacher.FeatureCache(folder / name, provenance, len(rows), length, hidden, top=config.cache.top_tokens, last=needs_last)
+            cache = teacher.FeatureCache(
+                folder / name, provenance, len(rows), length, hidden, top=config.cache.top_tokens, last=self._needs_last
+            )
             caches[name] = cache
             if not cache.complete:
                 monitor.follow(f"caching {name}", cache.fill(rows, config.batch_size, run), len(rows), cache.rows, length)
         return caches
 
+    @property
+    def _needs_last(self) -> bool:
+        """Whether steps read the target's last hidden states themselves."""
+        return bool(self.config.loss.regression) or self.config.branch.deep_input
+
     def _features_to_keep(self, trunk: teacher.Trunk, batch: Batch) -> teacher.Features:
         config = self.config
         hidden, last = teacher.hidden_states(self.model_config, trunk, batch, last=True, rows_home=self.step_config.rows_home)
         top = teacher.top_tokens(trunk, last, config.cache.top_tokens, config.loss.chunk)
-        return teacher.Features(hidden, last if config.loss.regression else None, top)
+        return teacher.Features(hidden, last if self._needs_last else None, top)
 
     def _export(self, state: step.TrainState, evaluation: Evaluation, monitor: Monitor) -> dict[str, float]:
         """Evaluates, fits the calibration, and writes the folder that decoding loads; returns what was found on held-out text."""
         held_out = evaluation.measure(state.trained)
         monitor.evaluation(self.config.steps, held_out)
         calibration = evaluation.calibrate(state.trained)
-        branch = step.to_branch(state.trained, self.frozen, jnp.dtype(self.config.branch.save_dtype))
+        in_bytes = self.config.branch.save_dtype == "int8"
+        branch = step.to_branch(state.trained, self.frozen, jnp.dtype("float32" if in_bytes else self.config.branch.save_dtype))
         config = self.model_config
         info = branch_folder.BranchInfo(
             exit_layer=self.config.branch.exit_layer,
@@ -313,19 +328,19 @@ class Run:
         branch = on_every_host(branch)
         if jax.process_index() == 0:
             monitor.plot()
-            export(self.output / "exit_branch", branch, info)
+            export(self.output / "exit_branch", branch, info, in_bytes=in_bytes)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("exported")
         return held_out
 
 
-def export(folder: epath.Path, branch: exit_branch.ExitBranch, info: branch_folder.BranchInfo) -> None:
+def export(folder: epath.Path, branch: exit_branch.ExitBranch, info: branch_folder.BranchInfo, *, in_bytes: bool = False) -> None:
     """Writes the branch's folder, local or in a bucket; `config.json`, which vouches for the rest, comes last."""
     if "://" not in os.fspath(folder):
-        branch_folder.save_branch(os.fspath(folder), branch, info)
+        branch_folder.save_branch(os.fspath(folder), branch, info, in_bytes=in_bytes)
         return
     with tempfile.TemporaryDirectory() as local:
-        branch_folder.save_branch(local, branch, info)
+        branch_folder.save_branch(local, branch, info, in_bytes=in_bytes)
         folder.mkdir(parents=True, exist_ok=True)
         for name in (branch_folder.TENSORS_NAME, branch_folder.INFO_NAME):
             (folder / name).write_bytes((pathlib.Path(local) / name).read_bytes())

@@ -1,7 +1,7 @@
-"""A few rows times a matrix on CPU, where the matrix lies in memory as the 4-, 8- or 16-bit codes that its file stores.
+"""A few rows times a matrix on CPU, where the matrix lies in memory as the 4- or 8-bit codes that its file stores.
 
-Decoding is as fast as memory gives the weights, and codes are a half to a sixth of the float32 numbers that they stand for. The numbers are
-made of them in registers, and multiplied and summed as `cpu_rows` does it: results are those of the float32 matrix to the bit.
+Decoding is as fast as memory gives the weights, and codes are a quarter to a sixth of the float32 numbers that they stand for. The
+numbers are made of them in registers, and multiplied and summed as `cpu_rows` does it: results are those of the float32 matrix to the bit.
 
 Axes: R rows, I inputs, O outputs, G groups of 32 inputs.
 """
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from llvmlite import binding, ir
+from llvmlite import ir
 
 from eesd_jax.model import cpu_calls, cpu_rows
 from eesd_jax.model.cpu_calls import BYTES, F32, FLOATS, I32, I64
@@ -29,18 +29,36 @@ class Codes(NamedTuple):
     """A weight [O, I] as its file stores it: `scale * code + offset`, rounded behind each of the two, with a scale and an offset a group.
 
     codes: uint8 [O, I / 2], two codes of 0..15 a byte, those of a group's first half in the low bits and of its second half in the high
-    ones; int8 [O, I], which have no offset; or float16 [O, I], which have no scale either. scale, offset: float32 [O, G] or None.
+    ones; or int8 [O, I], which have no offset. scale, offset: float32 [O, G], or None for the offset.
     """
 
     codes: jax.Array
-    scale: jax.Array | None
+    scale: jax.Array
     offset: jax.Array | None
 
 
-def of_halves(weight_OxI: jax.Array) -> Codes | None:
-    """The codes of a float32 weight whose every number is one of float16, or None where one is not."""
-    halves = weight_OxI.astype(jnp.float16)
-    return Codes(halves, None, None) if bool(jnp.all(halves.astype(jnp.float32) == weight_OxI)) else None
+def rounded(weight_OxI: jax.Array) -> Codes | None:
+    """Codes of 8 bits that come near to a weight, to half of a 127th of the greatest of each group; None where groups do not fit."""
+    outputs, inputs = weight_OxI.shape
+    if inputs % GROUP:
+        return None
+    groups = weight_OxI.astype(jnp.float32).reshape(outputs, -1, GROUP)
+    # Scales of 16 bits, which kernels read as such; a group whose scale would be 0 is.
+    scale = (jnp.max(jnp.abs(groups), axis=-1) / 127).astype(jnp.float16).astype(jnp.float32)
+    codes = jnp.where(scale[..., None] > 0, jnp.round(groups / jnp.where(scale > 0, scale, 1.0)[..., None]), 0)
+    return Codes(jnp.clip(codes, -127, 127).astype(jnp.int8).reshape(outputs, inputs), scale, None)
+
+
+def of_bytes(weight_OxI: jax.Array) -> Codes | None:
+    """The codes of 8 bits that stand for the very numbers of a weight, or None where there are none (see `rounded`)."""
+    codes = rounded(weight_OxI)
+    return codes if codes is not None and bool(jnp.all(numbers(codes) == weight_OxI)) else None
+
+
+def numbers(codes: Codes) -> jax.Array:
+    """What codes of 8 bits stand for, float32 [O, I]."""
+    groups = codes.codes.reshape(*codes.scale.shape, GROUP) * codes.scale[..., None]
+    return groups.reshape(codes.codes.shape)
 
 
 def concatenate(parts: Sequence[Codes]) -> Codes:
@@ -50,7 +68,7 @@ def concatenate(parts: Sequence[Codes]) -> Codes:
 
 def same_kind(parts: Sequence[Codes]) -> bool:
     """Whether `concatenate` can take them."""
-    return len({(part.codes.dtype, part.codes.shape[1], part.scale is None, part.offset is None) for part in parts}) == 1
+    return len({(part.codes.dtype, part.codes.shape[1], part.offset is None) for part in parts}) == 1
 
 
 def usable(rows: int, weight: Codes | None) -> bool:
@@ -59,8 +77,7 @@ def usable(rows: int, weight: Codes | None) -> bool:
         return False
     outputs, width = weight.codes.shape
     inputs = width * _kind(weight).codes_a_unit
-    converts = weight.scale is not None or binding.get_host_cpu_features().get("f16c", False)
-    return outputs % BLOCK_OUTPUTS == 0 and inputs % GROUP == 0 and inputs <= _MAX_INPUTS and converts
+    return outputs % BLOCK_OUTPUTS == 0 and inputs % GROUP == 0 and inputs <= _MAX_INPUTS
 
 
 def rows_by_codes(x_RxI: jax.Array, weight: Codes) -> jax.Array:
@@ -78,7 +95,7 @@ class _Place(NamedTuple):
     """Addresses in code that is being written. codes: bytes. scale, offset: floats, None where the kind has none."""
 
     codes: ir.Value
-    scale: ir.Value | None
+    scale: ir.Value
     offset: ir.Value | None
 
 
@@ -97,7 +114,7 @@ class _Kind(NamedTuple):
 
 
 def _kind(weight: Codes) -> _Kind:
-    return _HALVES if weight.scale is None else _BYTES if weight.offset is None else _NIBBLES
+    return _BYTES if weight.offset is None else _NIBBLES
 
 
 def _load(builder: ir.IRBuilder, address: ir.Value, item: ir.Type, lanes: int, i: int) -> ir.Value:
@@ -132,15 +149,8 @@ def _decode_bytes(module: ir.Module, builder: ir.IRBuilder, lanes: int, place: _
     return [builder.fmul(builder.sitofp(builder.sext(part, integers), floats), scale) for part in codes]
 
 
-def _decode_halves(module: ir.Module, builder: ir.IRBuilder, lanes: int, place: _Place) -> list[ir.Value]:
-    del module
-    halves = [_load(builder, place.codes, ir.HalfType(), lanes, i) for i in range(0, GROUP, lanes)]
-    return [builder.fpext(part, ir.VectorType(F32, lanes)) for part in halves]
-
-
 _NIBBLES = _Kind("nibbles", ("codes", "scale", "offset"), GROUP // 2, 2, _decode_nibbles)
 _BYTES = _Kind("bytes", ("codes", "scale"), GROUP, 1, _decode_bytes)
-_HALVES = _Kind("halves", ("codes",), 2 * GROUP, 1, _decode_halves)
 
 
 @functools.cache

@@ -67,7 +67,7 @@ def has_tiles() -> bool:
 
 def from_codes(codes: Codes) -> Codes | Tiles:
     """Tiles of codes that they can stand for, on a processor that has them; else the codes."""
-    if codes.scale is None or not has_tiles():
+    if not has_tiles():
         return codes
     outputs, groups = codes.scale.shape
     if outputs % BLOCK_OUTPUTS:

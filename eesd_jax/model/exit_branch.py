@@ -3,6 +3,9 @@
 It is the only thing that is ever trained, saved or shipped. Its head may score a part of the vocabulary only (the draft vocabulary): the
 target still scores every token, so this costs acceptance and never correctness.
 
+Beyond the paper, a branch may have a second input (as EAGLE's, Li et al. 2024): the target's last hidden state of the token before, which
+verification has computed, or in its place what the branch itself gave out where that token is a draft. Even N = 0 is then a branch.
+
 Axes: B batch, T tokens, D hidden, V vocabulary of the target, Q draft vocabulary.
 """
 
@@ -16,52 +19,75 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_codes, llama, rope, sharding
+from eesd_jax.model import cpu_codes, cpu_tiles, llama, rope, sharding
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
+from eesd_jax.model.cpu_tiles import Tiles
 
 STARTS = ("last", "next", "zero")
+
+
+class Fusion(NamedTuple):
+    """What makes one input of two. norm: [D], of the hidden state behind block N. weight: [D, 2 D]. codes: of it, see `with_codes`."""
+
+    norm: jax.Array
+    weight: jax.Array
+    codes: Codes | Tiles | None = None
 
 
 class ExitBranch(NamedTuple):
     """The branch's weights, in the dtype of the target's, and the tokens that it can draft.
 
     block: params of one `llama.Block`. norm: [D]. head: [Q, D]. draft_ids: int32 [Q], the target's id of each row of the head.
-    head_codes: the head once more, see `with_codes`.
+    fusion: of a branch with the second input. head_codes: the head once more, see `with_codes`.
     """
 
     block: llama.Params
     norm: jax.Array
     head: jax.Array
     draft_ids: jax.Array
-    head_codes: Codes | None = None
+    fusion: Fusion | None = None
+    head_codes: Codes | Tiles | None = None
 
 
 def with_codes(branch: ExitBranch) -> ExitBranch:
-    """The branch that decodes: beside its weights, in 16 bits those of its matrices that lose nothing by it."""
-    block = {name: cpu_codes.of_halves(weight) for name, weight in branch.block.items() if weight.ndim == 2}
+    """The branch that decodes on a CPU: beside its weights, the codes of 8 bits of those matrices that are stored as such."""
+
+    def codes_of(weight: jax.Array) -> Codes | Tiles | None:
+        codes = cpu_codes.of_bytes(weight)
+        return codes and cpu_tiles.from_codes(codes)
+
+    block = {name: codes_of(weight) for name, weight in branch.block.items() if weight.ndim == 2}
     # Apart from each other: where only keys and values are used, no queries are computed.
     block = llama.block_with_codes(branch.block, {name: codes for name, codes in block.items() if codes is not None})
-    return branch._replace(block=block, head_codes=cpu_codes.of_halves(branch.head))
+    fusion = branch.fusion and branch.fusion._replace(codes=codes_of(branch.fusion.weight))
+    return branch._replace(block=block, fusion=fusion, head_codes=codes_of(branch.head))
 
 
 def init_exit_branch(
-    config: ModelConfig, params: llama.Params, exit_layer: int, start: str, draft_ids: np.ndarray | None = None
+    config: ModelConfig,
+    params: llama.Params,
+    exit_layer: int,
+    start: str,
+    draft_ids: np.ndarray | None = None,
+    *,
+    deep_input: bool = False,
 ) -> ExitBranch:
     """A branch made from the target's own weights.
 
     Args:
       params: of the target.
-      exit_layer: N, how many of the target's blocks draft; 1 <= N < L.
+      exit_layer: N, how many of the target's blocks draft; 1 <= N < L, or 0 with the second input.
       start: `last`: a copy of the target's last block (as in the paper). `next`: a copy of block N+1, which follows the exit in the target.
         `zero`: block N+1 with its outputs zeroed, so that the branch begins as a logit lens (the target's head on the hidden state).
       draft_ids: int32 [Q], increasing ids of the draft vocabulary; None for the whole vocabulary.
+      deep_input: whether it has the second input; it begins as the sum of both.
 
     Raises:
       UserError: an exit layer or a start that there is not, or a draft vocabulary that is none.
     """
-    check_exit_layer(config, exit_layer)
+    check_exit_layer(config, exit_layer, deep_input=deep_input)
     if start not in STARTS:
         raise UserError(f"start of the exit branch is {start!r}; expected one of {', '.join(STARTS)}")
     block = dict(params["blocks"][-1 if start == "last" else exit_layer])
@@ -71,13 +97,20 @@ def init_exit_branch(
     check_draft_ids(config, draft_ids)
     head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
     head = head_VxD if draft_ids.size == config.vocab_size else head_VxD[draft_ids]
-    return ExitBranch(block, params["final_norm"], head, jnp.asarray(draft_ids, jnp.int32))
+    fusion = None
+    if deep_input:
+        both = np.tile(np.eye(config.hidden_size), 2)
+        fusion = Fusion(jnp.ones_like(params["final_norm"]), jnp.asarray(both, params["final_norm"].dtype))
+    return ExitBranch(block, params["final_norm"], head, jnp.asarray(draft_ids, jnp.int32), fusion)
 
 
-def check_exit_layer(config: ModelConfig, exit_layer: int) -> None:
-    """Raises UserError where blocks do not remain on both sides of the exit."""
-    if not 1 <= exit_layer < config.num_layers:
-        raise UserError(f"exit_layer is {exit_layer}; expected 1 to {config.num_layers - 1} for a model of {config.num_layers} blocks")
+def check_exit_layer(config: ModelConfig, exit_layer: int, *, deep_input: bool = False) -> None:
+    """Raises UserError where blocks do not remain on both sides of the exit; before it none need be where there is a second input."""
+    least = 0 if deep_input else 1
+    if not least <= exit_layer < config.num_layers:
+        raise UserError(
+            f"exit_layer is {exit_layer}; expected {least} to {config.num_layers - 1} for a model of {config.num_layers} blocks"
+        )
 
 
 def check_draft_ids(config: ModelConfig, draft_ids: np.ndarray) -> None:
@@ -98,25 +131,49 @@ def _as_model(config: ModelConfig, draft_vocab_size: int) -> ModelConfig:
     return dataclasses.replace(config, num_layers=1, windows=config.windows[-1:], vocab_size=draft_vocab_size, tie_embeddings=False)
 
 
-def abstract_exit_branch(config: ModelConfig, draft_vocab_size: int) -> ExitBranch:
+def abstract_exit_branch(config: ModelConfig, draft_vocab_size: int, *, deep_input: bool = False) -> ExitBranch:
     """The shape of every weight of a branch for that target (`jax.ShapeDtypeStruct`); nothing is allocated."""
     params = nn.meta.unbox(sharding.abstract_params(_as_model(config, draft_vocab_size)))
-    ids = jax.ShapeDtypeStruct((draft_vocab_size,), jnp.int32)
-    return ExitBranch(params["blocks"][0], params["final_norm"], params["lm_head"], ids)
+    ids, norm = jax.ShapeDtypeStruct((draft_vocab_size,), jnp.int32), params["final_norm"]
+    both = jax.ShapeDtypeStruct((config.hidden_size, 2 * config.hidden_size), norm.dtype)
+    return ExitBranch(params["blocks"][0], norm, params["lm_head"], ids, Fusion(norm, both) if deep_input else None)
 
 
-def exit_branch_shardings(config: ModelConfig, draft_vocab_size: int, mesh: Mesh) -> ExitBranch:
+def exit_branch_shardings(config: ModelConfig, draft_vocab_size: int, mesh: Mesh, *, deep_input: bool = False) -> ExitBranch:
     """`NamedSharding` of every weight of a branch, by the same table as the target's."""
     params = sharding.param_shardings(_as_model(config, draft_vocab_size), mesh)
-    return ExitBranch(params["blocks"][0], params["final_norm"], params["lm_head"], NamedSharding(mesh, PartitionSpec()))
+    norm, everywhere = params["final_norm"], NamedSharding(mesh, PartitionSpec())
+    # Its inputs are split as the hidden axis of every other weight.
+    fusion = Fusion(norm, NamedSharding(mesh, PartitionSpec(None, *norm.spec))) if deep_input else None
+    return ExitBranch(params["blocks"][0], norm, params["lm_head"], everywhere, fusion)
+
+
+def fuse(config: ModelConfig, branch: ExitBranch, h_BxTxD: jax.Array, deep_BxTxD: jax.Array | None) -> jax.Array:
+    """What the exit block runs on, [B, T, D].
+
+    Args:
+      h_BxTxD: behind block N.
+      deep_BxTxD: of each token the normed last hidden state of the one before, as `before` gives it; not looked at by a branch without
+        the second input.
+    """
+    if branch.fusion is None:
+        return h_BxTxD
+    norm, weight, codes = branch.fusion
+    return llama.linear(jnp.concatenate([llama.rms_norm(h_BxTxD, norm, config.norm_eps), deep_BxTxD], axis=-1), weight, codes)
+
+
+def before(first_BxD: jax.Array, deep_BxTxD: jax.Array) -> jax.Array:
+    """Of each token that of the one before: [B, T, D], where `first_BxD` is of the one before all of them."""
+    return jnp.concatenate([first_BxD[:, None], deep_BxTxD[:, :-1]], axis=1)
 
 
 def run_exit_block(
     config: ModelConfig, branch: ExitBranch, h_BxTxD: jax.Array, start_B: jax.Array, cache: KVCache | None
 ) -> tuple[jax.Array, KVCache]:
-    """Runs the exit block on T hidden states of block N; where only the keys and values are used, only they are computed.
+    """Runs the exit block on T tokens; where only the keys and values are used, only they are computed.
 
     Args:
+      h_BxTxD: of `fuse`.
       start_B: int32 [B], position of each row's first token.
       cache: the exit block's own (a tuple of one), read only; None where nothing came before.
 
@@ -131,7 +188,11 @@ def run_exit_block(
     return x, KVCache((k,), (v,))
 
 
-def draft_logits(config: ModelConfig, branch: ExitBranch, x_BxTxD: jax.Array) -> jax.Array:
-    """The branch's norm and head: float32 logits over the draft vocabulary, [B, T, Q]."""
-    x = llama.rms_norm(x_BxTxD, branch.norm, config.norm_eps)
-    return llama.linear(x, branch.head, branch.head_codes, preferred_element_type=jnp.float32)
+def draft_output(config: ModelConfig, branch: ExitBranch, x_BxTxD: jax.Array) -> jax.Array:
+    """The branch's norm [B, T, D]: what its head reads, and what stands for the target's last hidden state where a draft is run."""
+    return llama.rms_norm(x_BxTxD, branch.norm, config.norm_eps)
+
+
+def draft_logits(branch: ExitBranch, output_BxTxD: jax.Array) -> jax.Array:
+    """The branch's head on `draft_output`: float32 logits over the draft vocabulary, [B, T, Q]."""
+    return llama.linear(output_BxTxD, branch.head, branch.head_codes, preferred_element_type=jnp.float32)

@@ -292,9 +292,14 @@ def stack_blocks(blocks: tuple[Params, ...]) -> Params:
     return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks)
 
 
+def last_hidden(config: ModelConfig, params: Params, x_BxTxD: jax.Array) -> jax.Array:
+    """Final norm of the residual stream after the last block, [B, T, D]: what the LM head reads."""
+    return rms_norm(x_BxTxD, params["final_norm"], config.norm_eps)
+
+
 def logits(config: ModelConfig, params: Params, x_BxTxD: jax.Array) -> jax.Array:
     """Final norm and LM head: float32 logits [B, T, V] of the residual stream after the last block."""
-    h = rms_norm(x_BxTxD, params["final_norm"], config.norm_eps)
+    h = last_hidden(config, params, x_BxTxD)
     head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
     return linear(h, head_VxD, params.get(_HEAD_CODES), preferred_element_type=jnp.float32)
 

@@ -1,9 +1,10 @@
 """Exit branches on disk: a folder of `exit_branch.safetensors` and `config.json`, on this machine, on a hub, or shipped with this package.
 
 The same branch always gives the same bytes (nothing in a folder says when or where it was made). Tensors are named as in `ExitBranch`:
-`block.wq`, ..., `norm`, `head`, `draft_ids`. `config.json` also says which target the branch was made for: a target of another shape is
-refused; one with other weights (a base model in place of its chat model) is warned of, since the output stays right and only acceptance
-suffers.
+`block.wq`, ..., `norm`, `head`, `draft_ids`, and `fusion.norm` and `fusion.weight` where there is a second input. A matrix may be stored in
+8 bits: int8 codes, and beside them as `head.scale` the float16 by which those of each group of 32 are multiplied. `config.json` also says
+which target the branch was made for: a target of another shape is refused; one with other weights (a base model in place of its chat
+model) is warned of, since the output stays right and only acceptance suffers.
 """
 
 import dataclasses
@@ -24,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import exit_branch, llama
+from eesd_jax.model import cpu_codes, exit_branch, llama
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.exit_branch import ExitBranch
+from eesd_jax.model.cpu_codes import Codes
+from eesd_jax.model.exit_branch import ExitBranch, Fusion
 from eesd_jax.weights import hub, safetensors
 
 TENSORS_NAME = "exit_branch.safetensors"
@@ -34,6 +36,7 @@ INFO_NAME = "config.json"
 FORMAT_VERSION = 1
 SHIPPED = pathlib.Path(__file__).parent.parent / "branches"
 
+_FUSION, _SCALE = "fusion.", ".scale"
 _FINGERPRINTED = 64  # values of each weight
 _NOT_SHAPE_OR_MEANING = ("architecture", "context_length")
 
@@ -185,6 +188,7 @@ class BranchFolder:
         try:
             # The header is checked against the file's size here.
             self._tensors = safe_open(path / TENSORS_NAME, framework="numpy")
+            self._names = set(self._tensors.keys())
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path / TENSORS_NAME}: truncated or not a safetensors file ({error})") from None
 
@@ -202,11 +206,12 @@ class BranchFolder:
         for name in ("hidden_size", "vocab_size"):
             if getattr(info, name) != getattr(config, name):
                 raise UserError(f"{self.path}: exit branch has {name} {getattr(info, name)}; the model's is {getattr(config, name)}")
+        deep_input = any(name.startswith(_FUSION) for name in self._names)
         try:
-            exit_branch.check_exit_layer(config, info.exit_layer)
+            exit_branch.check_exit_layer(config, info.exit_layer, deep_input=deep_input)
         except UserError as error:
             raise UserError(f"{self.path}: {error}") from None
-        abstract = exit_branch.abstract_exit_branch(config, info.draft_vocab_size)
+        abstract = exit_branch.abstract_exit_branch(config, info.draft_vocab_size, deep_input=deep_input)
         names = _tensor_names(abstract)
         self._check_tensors(names, abstract)
         draft_ids = self._read(names.draft_ids)
@@ -217,7 +222,7 @@ class BranchFolder:
         if mesh is None:
             placements = jax.tree.map(lambda _: SingleDeviceSharding(jax.local_devices()[0]), abstract)
         else:
-            placements = exit_branch.exit_branch_shardings(config, info.draft_vocab_size, mesh)
+            placements = exit_branch.exit_branch_shardings(config, info.draft_vocab_size, mesh, deep_input=deep_input)
 
         def place(name: str, placement: jax.sharding.Sharding) -> jax.Array:
             data = draft_ids if name == names.draft_ids else self._read(name).astype(params["embed"].dtype, copy=False)
@@ -230,7 +235,7 @@ class BranchFolder:
     def _check_tensors(self, names: ExitBranch, abstract: ExitBranch) -> None:
         where = self.path / TENSORS_NAME
         wanted = dict(zip(jax.tree.leaves(names), jax.tree.leaves(abstract), strict=True))
-        found = set(self._tensors.keys())
+        found = {name for name in self._names if not name.endswith(_SCALE)}
         missing, unexpected = sorted(wanted.keys() - found), sorted(found - wanted.keys())
         if missing or unexpected:
             problems = [f"{word}: {', '.join(some)}" for word, some in (("missing", missing), ("not expected", unexpected)) if some]
@@ -239,13 +244,27 @@ class BranchFolder:
             tensor = self._tensors.get_slice(name)
             if tuple(tensor.get_shape()) != leaf.shape:
                 raise UserError(f"{where}: tensor {name} has shape {tensor.get_shape()}; expected {list(leaf.shape)} for this model")
-            kinds = ("I32",) if leaf.dtype == jnp.int32 else ("F32", "F16", "BF16")
+            kinds = ("I32",) if leaf.dtype == jnp.int32 else ("F32", "F16", "BF16", *(["I8"] if len(leaf.shape) == 2 else []))
             if tensor.get_dtype() not in kinds:
                 raise UserError(f"{where}: tensor {name} is stored as {tensor.get_dtype()}; expected {' or '.join(kinds)}")
+            if tensor.get_dtype() == "I8":
+                self._check_scale(name, leaf.shape)
+
+    def _check_scale(self, name: str, shape: tuple[int, ...]) -> None:
+        where, wanted = self.path / TENSORS_NAME, [shape[0], shape[1] // cpu_codes.GROUP]
+        if name + _SCALE not in self._names:
+            raise UserError(f"{where}: tensor {name} is stored as I8, and there is no {name}{_SCALE}; expected it beside")
+        scale = self._tensors.get_slice(name + _SCALE)
+        if scale.get_shape() != wanted or scale.get_dtype() != "F16" or shape[1] % cpu_codes.GROUP:
+            raise UserError(f"{where}: tensor {name}{_SCALE} is {scale.get_dtype()} {scale.get_shape()}; expected F16 {wanted}")
 
     def _read(self, name: str) -> np.ndarray:
         try:
-            return self._tensors.get_tensor(name)
+            tensor = self._tensors.get_tensor(name)
+            if tensor.dtype == np.int8:
+                scale = self._tensors.get_tensor(name + _SCALE).astype(np.float32)
+                tensor = np.asarray(cpu_codes.numbers(Codes(tensor, scale, None)))
+            return tensor
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path / TENSORS_NAME}: cannot read tensor {name} ({error})") from None
 
@@ -268,14 +287,21 @@ def load_branch(name: str, config: ModelConfig, params: llama.Params, mesh: Mesh
     return BranchFolder(find_branch(name)).load(config, params, mesh)
 
 
-def save_branch(folder: str | pathlib.Path, branch: ExitBranch, info: BranchInfo) -> None:
+def save_branch(folder: str | pathlib.Path, branch: ExitBranch, info: BranchInfo, *, in_bytes: bool = False) -> None:
     """Writes an exit branch's folder, in the dtype of its arrays (which this process must be able to read); older files are replaced.
+
+    Args:
+      in_bytes: whether matrices are stored in 8 bits, where their inputs can be grouped.
 
     Raises:
       UserError: the folder cannot be written.
     """
     names = jax.tree.leaves(_tensor_names(branch))
     tensors = {name: np.asarray(leaf) for name, leaf in zip(names, jax.device_get(jax.tree.leaves(branch)), strict=True)}
+    if in_bytes:
+        for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
+            if (codes := cpu_codes.rounded(jnp.asarray(tensors[name]))) is not None:
+                tensors |= {name: np.asarray(codes.codes), name + _SCALE: np.asarray(codes.scale, np.float16)}
     text = json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(info), indent=2, allow_nan=False) + "\n"
     replace_files(
         folder,
@@ -309,7 +335,8 @@ def replace_files(folder: str | pathlib.Path, writers: dict[str, Callable[[pathl
 
 def _tensor_names(branch: ExitBranch) -> ExitBranch:
     """The name of every tensor in the file, in the structure of the branch."""
-    return ExitBranch({name: f"block.{name}" for name in branch.block}, "norm", "head", "draft_ids")
+    fusion = branch.fusion and Fusion(*(f"{_FUSION}{name}" for name in ("norm", "weight")))
+    return ExitBranch({name: f"block.{name}" for name in branch.block}, "norm", "head", "draft_ids", fusion)
 
 
 def _read_info(path: pathlib.Path) -> BranchInfo:
@@ -321,8 +348,9 @@ def _read_info(path: pathlib.Path) -> BranchInfo:
     def read(name: str, kind: type) -> Any:
         value = fields.get(name)
         value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind or (kind is int and value < 1) or (kind is float and not math.isfinite(value)):
-            expected = {int: "a positive integer", float: "a finite number", str: "a text", dict: "an object"}[kind]
+        least = 0 if name == "exit_layer" else 1
+        if type(value) is not kind or (kind is int and value < least) or (kind is float and not math.isfinite(value)):
+            expected = {int: f"an integer >= {least}", float: "a finite number", str: "a text", dict: "an object"}[kind]
             raise UserError(f"{path}: {name} is {value!r}; expected {expected}")
         return value
 
