@@ -1,5 +1,7 @@
-"""The built-in model in transformers + PyTorch (CPU, float32): what this project is compared with."""
+"""A GGUF file's model in transformers + PyTorch (CPU, float32), by default the built-in one: what this project is compared with."""
 
+import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +11,9 @@ import transformers
 from eesd_jax.weights import gguf, hub
 
 
-def load_model() -> transformers.LlamaForCausalLM:
-    """The built-in model's weights, as this project reads them, in transformers."""
-    source = gguf.GGUFSource(hub.fetch_demo())
+def load_model(file: pathlib.Path | None = None) -> transformers.LlamaForCausalLM:
+    """The weights of a Llama, as this project reads them, in transformers."""
+    source = gguf.GGUFSource(file or hub.fetch_demo())
     config = source.hf_config()
     config["rope_scaling"] = _given(config["rope_scaling"])
     model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**_given(config))).eval()
@@ -30,6 +32,23 @@ def _given(fields: dict[str, Any]) -> dict[str, Any]:
 def generate(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int) -> list[int]:
     """Greedy text of exactly `new_tokens` tokens; EOS is a token like all others."""
     out = model.generate(torch.tensor([ids]), **_greedy(new_tokens))
+    return out[0, len(ids) :].tolist()
+
+
+@torch.no_grad()
+def answer(
+    model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int, eos_ids: Sequence[int], **speculation: int | None
+) -> list[int]:
+    """Greedy text of up to `new_tokens` tokens, the EOS that ends it included.
+
+    Args:
+      speculation: transformers' own, as `generate` calls its options; None for plain decoding.
+    """
+    tokens = torch.tensor([ids])
+    ends = {"eos_token_id": list(eos_ids) or None, "pad_token_id": eos_ids[0] if eos_ids else 0}  # one that is set is not warned of
+    out = model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=new_tokens, **ends, **_given(speculation)
+    )
     return out[0, len(ids) :].tolist()
 
 
