@@ -38,8 +38,3 @@ def answer(model: llama_cpp.Llama, ids: list[int], new_tokens: int, eos_ids: Seq
         if len(found) == new_tokens or token in eos_ids:
             break
     return found
-
-
-def processor_features() -> str:
-    """What of the processor this build of llama.cpp makes use of."""
-    return llama_cpp.llama_print_system_info().decode().strip()

@@ -148,14 +148,23 @@ def open_peers(names: Sequence[str], work: Work) -> tuple[list[Way], dict[str, s
         try:
             match name.split("-")[0]:
                 case "transformers":
-                    ways += transformers_ways(work)
+                    ways += list(transformers_ways(work))
                 case "llama.cpp":
-                    ways += llama_cpp_ways(name, work)
+                    ways += list(llama_cpp_ways(name, work))
                 case _:
-                    ways += eesd_jax_ways(name, work)
+                    ways += list(eesd_jax_ways(name, work))
         except ModuleNotFoundError as error:
             left_out[name] = f"package {error.name!r} is missing; pip install -e '.[peers]' installs it"
+        except Exception as error:
+            left_out[name] = failure(name, error)
     return ways, left_out
+
+
+def failure(peer: str, error: Exception) -> str:
+    """What a peer says that it cannot do, in a line; what this project cannot do is raised."""
+    if peer.startswith("eesd_jax"):
+        raise error
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
 
 
 def measure(
@@ -169,9 +178,8 @@ def measure(
         try:
             way.answer(prompts[0], min(budget, WARM_UP_TOKENS))
             working.append(way)
-        except Exception as error:  # what a peer cannot do it says in its own ways
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            failed[f"{way.peer}, {way.kind}"] = f"{type(error).__name__}: {reason}"
+        except Exception as error:
+            failed[f"{way.peer}, {way.kind}"] = failure(way.peer, error)
     timings: list[dict[Way, Timing]] = []
     with watch_compilation() as compilations:
         for place, prompt in enumerate(prompts):
