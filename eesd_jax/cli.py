@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import pathlib
 import re
@@ -10,20 +11,23 @@ import shutil
 import sys
 import tempfile
 import textwrap
+import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from eesd_jax import control
-from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, MeshConfig, SamplingConfig
+from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, MeshConfig, ProcessesConfig, SamplingConfig
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
 if TYPE_CHECKING:  # JAX and transformers take seconds, so they are imported where they are needed, after the flags are checked
+    from jax.sharding import Mesh
+
     from eesd_jax.decode.controllers import Controller
     from eesd_jax.engine import Engine
 
@@ -89,16 +93,18 @@ def define_distributed_flags() -> None:
     flags.DEFINE_string("coordinator_address", None, "HOST:PORT of process 0, where several processes run without a cluster manager.")
     flags.DEFINE_integer("num_processes", None, "How many processes there are.")
     flags.DEFINE_integer("process_id", None, "Which of them this is, from 0.")
+    flags.DEFINE_float("join_timeout", ProcessesConfig.join, "Seconds in which all processes must have been started.")
 
 
-def start_distributed() -> None:
+def start_distributed(settings: dict[str, Any]) -> None:
     """Joins the other processes: by the flags, or as the cluster tells (TPU pods, SLURM, Open MPI). Alone, it does nothing.
 
-    Raises:
-      UserError: flags that are incomplete or contradict each other, or processes that cannot be reached.
-    """
-    import jax
+    Args:
+      settings: of the run; all processes must have been given the same.
 
+    Raises:
+      UserError: flags that are incomplete or contradict each other, processes that cannot be reached, or that differ.
+    """
     given = {name: FLAGS[name].value for name in ("coordinator_address", "num_processes", "process_id")}
     present = [name for name, value in given.items() if value is not None]
     if present:
@@ -108,16 +114,28 @@ def start_distributed() -> None:
             raise UserError(f"--num_processes is {FLAGS.num_processes}; expected an integer >= 1")
         if not 0 <= FLAGS.process_id < FLAGS.num_processes:
             raise UserError(f"--process_id is {FLAGS.process_id}; expected 0 to {FLAGS.num_processes - 1} (--num_processes less one)")
-        try:
-            jax.distributed.initialize(FLAGS.coordinator_address, FLAGS.num_processes, FLAGS.process_id)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(f"cannot join the processes at {FLAGS.coordinator_address!r} ({str(error).splitlines()[0]})") from None
-        return
+    if FLAGS.join_timeout <= 0:
+        raise UserError(f"--join_timeout is {FLAGS.join_timeout:g}; expected seconds > 0")
     environment = os.environ
     workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
     tasks = max(int(environment.get(name) or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"))
-    if len(workers) > 1 or tasks > 1:
-        jax.distributed.initialize()
+    if not present and len(workers) == 1 and tasks == 1:
+        return
+    from eesd_jax import processes
+
+    try:
+        processes.join(settings, FLAGS.join_timeout, **(given if present else {}))
+    except UserError:
+        raise
+    except (RuntimeError, ValueError) as error:
+        where = f" at {FLAGS.coordinator_address!r}" if present else ""
+        raise UserError(f"cannot join the processes{where} ({str(error).splitlines()[0]})") from None
+
+
+def settings_from_flags(command: types.ModuleType) -> dict[str, Any]:
+    """The flags of a command, as all processes of a run must be given them."""
+    own = {flag.name for flag in FLAGS.flags_by_module_id_dict()[id(command)]} - {"coordinator_address", "process_id"}
+    return {f"--{name}": FLAGS[name].value for name in own}
 
 
 def sampling_from_flags() -> SamplingConfig:
@@ -183,13 +201,12 @@ def load_from_flags() -> "Engine":
     exit_branch = "none" if (FLAGS.exit_branch, FLAGS.controller) == ("auto", control.PLAIN) else FLAGS.exit_branch
     with warnings.catch_warnings(record=True) as caught, notice(f"loading {FLAGS.model} ..."):
         from eesd_jax.engine import load
-        from eesd_jax.model.sharding import make_mesh
 
         warnings.simplefilter("always", UserWarning)
         engine = load(
             FLAGS.model,
             dtype=FLAGS.dtype,
-            mesh=make_mesh(**sizes) if (sizes := mesh_sizes()) else None,
+            mesh=mesh_from_flags(),
             decode_config=DecodeConfig(max_new_tokens=FLAGS.max_new_tokens, batch_size=FLAGS.batch_size, seed=FLAGS.seed),
             exit_branch=exit_branch,
             max_draft=FLAGS.max_draft,
@@ -199,9 +216,30 @@ def load_from_flags() -> "Engine":
     if FLAGS.chat and not engine.has_chat_template:
         raise UserError(f"--chat is given, but model {FLAGS.model!r} has no chat template; expected --nochat (plain text) or a chat model")
     for warning in caught:
-        if issubclass(warning.category, UserWarning):
+        if issubclass(warning.category, UserWarning) and is_first():
             warn(str(warning.message))
     return engine
+
+
+def mesh_from_flags() -> "Mesh | None":
+    """The mesh that --mesh asks for, None for one device; several processes decode on all their devices together.
+
+    Raises:
+      UserError: too few devices, or several processes and not all of them.
+    """
+    from eesd_jax.model.sharding import MESH_AXES, make_mesh, make_whole_mesh
+
+    sizes = mesh_sizes()
+    if not several_processes():
+        return make_mesh(**sizes) if sizes else None
+    import jax
+
+    if math.prod(sizes.values()) != jax.device_count():
+        raise UserError(
+            f"--mesh is {','.join(FLAGS.mesh)!r} with {jax.process_count()} processes; expected one over all their devices, as in "
+            f"tensor:{jax.device_count()}"
+        )
+    return make_whole_mesh(jax.devices(), **dict.fromkeys(MESH_AXES, 1) | sizes)
 
 
 def controller_from_flags(engine: "Engine", batch: int) -> "Controller | None":
@@ -301,9 +339,19 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         except KeyboardInterrupt:
             if sys.stderr.isatty():
                 print(file=sys.stderr)
+            if processes := _processes():
+                processes.fail("interrupted", 130, "")
             sys.exit(130)
         except BrokenPipeError:
             _close_pipe()
+        except Exception as error:
+            if processes := _processes():
+                processes.wait_for_news()
+                processes.fail(" ".join(f"{type(error).__name__}: {error}".split())[:300], 1, traceback.format_exc())
+            raise
+        finally:
+            if processes := _processes():
+                processes.leave()
 
     app.run(guarded, flags_parser=parse)
 
@@ -333,8 +381,26 @@ def _quieten() -> None:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    message = " ".join(message.split())
+    if processes := _processes():
+        processes.fail(message, 2, f"error: {message}")
+    print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
+
+
+def _processes() -> types.ModuleType | None:
+    """`eesd_jax.processes` where it is in use; it imports JAX."""
+    return sys.modules.get("eesd_jax.processes")
+
+
+def several_processes() -> bool:
+    """Whether this is one of several that run together."""
+    return (processes := _processes()) is not None and processes.joined()
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes and prints: process 0 of several, or the only one."""
+    return not several_processes() or _processes().is_first()
 
 
 def _flag_error(error: flags.Error) -> str:

@@ -114,6 +114,31 @@ class MeshConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class ProcessesConfig:
+    """Patience with the other processes of a run, in seconds (`processes.py`).
+
+    join: until all have come. exchange: for what each says of itself. shared: for a file of process 0 to be seen by all.
+    """
+
+    join: float = 300.0
+    exchange: float = 600.0
+    shared: float = 10.0
+
+
+@dataclasses.dataclass(frozen=True)
+class LifelineConfig:
+    """Patience with processes that end, in seconds (`lifeline.py`).
+
+    connect: for a connection. grace: to say the same mistake oneself. keepalive: silence of a machine before it is asked, seconds between
+    questions, and how many may stay without an answer.
+    """
+
+    connect: float = 20.0
+    grace: float = 3.0
+    keepalive: tuple[int, int, int] = (15, 5, 6)
+
+
+@dataclasses.dataclass(frozen=True)
 class SelfGenerateConfig:
     """How the model writes its own training text (`train/self_generate.py`).
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from eesd_jax import processes
 from eesd_jax.config import SamplingConfig
 from eesd_jax.decode.arms import ForcedArms
 from eesd_jax.decode.controllers import Forced
@@ -50,11 +51,20 @@ def round_costs(engine: "Engine", batch: int) -> RoundCosts:
     path = hub.cache_dir() / "costs" / f"{hashlib.sha256(shape.encode()).hexdigest()[:16]}.json"
     draft = engine.drafter.draft
     counts = RoundCosts(draft.max_draft + 1, draft.max_draft + 1 if draft.longest_match else 0)
-    costs = _read(path, counts)
+    costs = _agreed(_read(path, counts), engine)
     if costs is None:
-        costs = measure(engine, batch)
+        costs = _agreed(measure(engine, batch), engine)
         _write(path, costs._asdict() | {"shape": shape})
     return costs
+
+
+def _agreed(costs: RoundCosts | None, engine: "Engine") -> RoundCosts | None:
+    """Those of process 0, where several decode together: by their own they would choose other lengths, and wait for each other for ever."""
+    mesh = sharding.mesh_of(engine.params["embed"])
+    if mesh is None or not mesh.is_multi_process:
+        return costs
+    values = processes.exchange(costs)[0]
+    return values and RoundCosts(*(tuple(of_kind) for of_kind in values))
 
 
 def measure(engine: "Engine", batch: int) -> RoundCosts:
@@ -75,7 +85,7 @@ def measure(engine: "Engine", batch: int) -> RoundCosts:
     for repeat in range(REPEATS + 1):
         for length in forced:
             state = endless.prefill(prompts, [0] * batch, batch, _budget(engine), controller)
-            state = state._replace(draft=state.draft._replace(controller=jnp.full(batch, length, jnp.int32)))
+            state = state._replace(draft=state.draft._replace(controller=jnp.full(batch, length, jnp.int32, device=endless.rows_home)))
             state = jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, 1))
             start = time.perf_counter()
             jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, ROUNDS))

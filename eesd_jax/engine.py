@@ -42,6 +42,7 @@ _FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOPPED: "stop"}
 _prefill = jax.jit(loop.prefill, static_argnames=("config", "exit_layer", "capacity", "chunk"))
 # Jitted so that what it adds lies where the rest of the state does: a program compiles again for arrays that are placed otherwise.
 _start_drafting = jax.jit(speculative.start_drafting, static_argnames=("controller",))
+_row_keys = jax.jit(jax.vmap(jax.random.key))
 
 
 @functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
@@ -305,7 +306,7 @@ class Engine:
         steps = 1  # the first token alone, so that its time is seen
         while any(row.finish == RUNNING for row in rows):
             state = self.decode(state, sampling, controller, steps)
-            tokens, length, finish = jax.device_get((state.tokens, state.length, state.finish))
+            tokens, length, finish = self._fetch((state.tokens, state.length, state.finish))
             elapsed = time.perf_counter() - started
             first_token_seconds = first_token_seconds or elapsed
             yield [_take(row, tokens[i], length[i], finish[i], elapsed) for i, row in enumerate(rows)]
@@ -313,7 +314,7 @@ class Engine:
                 ends = np.array([row.finish for row in rows] + [LENGTH] * (batch - len(rows)), np.int32)
                 state = state._replace(finish=jax.device_put(ends, state.finish.sharding))
             steps = chunk
-        log = None if state.draft is None else jax.device_get(state.draft.log)
+        log = None if state.draft is None else self._fetch(state.draft.log)
         generations = []
         for i, row in enumerate(rows):
             count = row.text.num_tokens
@@ -367,7 +368,7 @@ class Engine:
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        keys = jax.vmap(jax.random.key)(jnp.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, jnp.uint32))
+        keys = _row_keys(self._place_rows(np.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, np.uint32)))
         with cpu_calls.on_mesh(self._on_mesh):
             state, exits = _prefill(
                 config,
@@ -388,8 +389,8 @@ class Engine:
     def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
         """Runs up to `max_steps` steps (rounds); `state` is used up."""
         model = self.model
-        settings = _sampling_arrays(sampling, state.length.shape[0], self._rows_home)
-        eos_ids, steps = jnp.array(model.eos_ids, jnp.int32), jnp.int32(max_steps)
+        settings = _sampling_arrays(sampling, state.length.shape[0], self.rows_home)
+        eos_ids, steps = np.array(model.eos_ids, np.int32), np.int32(max_steps)
         with cpu_calls.on_mesh(self._on_mesh):
             if controller is None:
                 return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
@@ -412,9 +413,19 @@ class Engine:
         return 1 if self._mesh is None else self._mesh.shape["data"]
 
     @property
-    def _rows_home(self) -> NamedSharding | None:
-        """Where rows lie, if they are spread."""
-        return None if self._row_shares == 1 else sharding.decode_rows_home(self._mesh)
+    def _spans_processes(self) -> bool:
+        return self._mesh is not None and self._mesh.is_multi_process
+
+    @property
+    def rows_home(self) -> NamedSharding | None:
+        """Where rows lie, if they are spread, or other processes have to have them as well."""
+        return sharding.decode_rows_home(self._mesh) if self._row_shares > 1 or self._spans_processes else None
+
+    def _fetch(self, tree: Any) -> Any:
+        """Arrays of a state as numpy, whole, also those whose rows other processes hold."""
+        if self._spans_processes:
+            tree = jax.jit(_as_they_are, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(tree)
+        return jax.device_get(tree)
 
     def _place_everywhere(self, array: np.ndarray) -> jax.Array:
         """An array that all devices read."""
@@ -422,7 +433,7 @@ class Engine:
 
     def _place_rows(self, tree: Any) -> Any:
         """A pytree of arrays [B, ...], each row on the devices that decode it."""
-        home = self._rows_home
+        home = self.rows_home
         return tree if home is None else jax.device_put(tree, home)
 
 
@@ -434,6 +445,10 @@ def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) 
         power *= 2
     capacity = next(size for size in (power, power * 3 // 2, 2 * power) if size >= max(bucket, longest_text))
     return (bucket if longest_prompt <= config.prompt_buckets[-1] else capacity), capacity
+
+
+def _as_they_are(tree: Any) -> Any:
+    return tree
 
 
 @functools.cache

@@ -4,9 +4,13 @@ python infer/generate.py --prompt="Why is the sky blue?"
 python infer/generate.py --prompt="Why is the sky blue?" --compare        # with and without speculation, and what it gained
 python infer/generate.py --model=meta-llama/Llama-3.2-1B-Instruct --prompts=questions.jsonl --output=answers.jsonl --batch_size=8
 python infer/generate.py                                  # a chat with the built-in model
+
+A model that fits no single host: start the command on every host, with --mesh over all their devices. TPU pods and SLURM are recognised,
+elsewhere --coordinator_address, --num_processes and --process_id say who is who. Process 0 prints and writes.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -33,6 +37,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_string("prompt", None, "A single prompt. Without --prompt and --prompts, a chat is opened.")
 cli.define_generation_flags()
 cli.define_model_flags()
+cli.define_distributed_flags()
 flags.DEFINE_bool("stream", None, "Show an answer as it comes; default: if stdout is a terminal.")
 flags.DEFINE_string("output", None, "File to write, one JSON object a turn.")
 flags.DEFINE_bool("compare", False, "Answer --prompt with plain decoding too, and print both speeds and whether the answers are identical.")
@@ -47,7 +52,14 @@ def main(argv: Sequence[str]) -> None:
     del argv
     check_flags()
     conversations = None if FLAGS.prompts is None else read_prompts(FLAGS.prompts)
-    with output_lines() as write:
+    asked = hashlib.sha256(repr(conversations).encode("utf-8", "backslashreplace")).hexdigest()[:8]
+    cli.start_distributed(cli.settings_from_flags(sys.modules[__name__]) | {"hash of the prompts": asked})
+    if cli.several_processes() and FLAGS.prompt is None and conversations is None:
+        raise UserError("several processes are started without --prompt or --prompts; expected one of them: a chat is for one process")
+    with contextlib.ExitStack() as stack:
+        if not cli.is_first():  # it computes its part, and keeps quiet
+            stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        write = stack.enter_context(output_lines())
         engine = cli.load_from_flags()
         if conversations is not None:
             answer_file(engine, conversations, write)
@@ -87,16 +99,22 @@ def show(engine: "Engine", prompt: "str | Messages", controller: "Controller | N
         print(generation.text, end="")
     print(flush=True)
     speculation = f"; {speculation_of(generation.log)}" if controller is not None else ""
-    print(
+    note(
         f"[{len(generation.token_ids)} tokens in {generation.seconds:.2f} s, {generation.tokens_per_second:.1f} tokens/s{speculation}; "
-        f"first token after {generation.first_token_seconds:.2f} s; ended by {generation.finish_reason}]",
-        file=sys.stderr,
+        f"first token after {generation.first_token_seconds:.2f} s; ended by {generation.finish_reason}]"
     )
     return generation
 
 
+def note(text: str) -> None:
+    """One line of statistics on stderr."""
+    if cli.is_first():
+        print(text, file=sys.stderr)
+
+
 def streams() -> bool:
-    return FLAGS.stream if FLAGS.stream is not None else sys.stdout.isatty()
+    """The same on all processes, whose programs take turns with each other."""
+    return FLAGS.stream if FLAGS.stream is not None else sys.stdout.isatty() and not cli.several_processes()
 
 
 def options() -> dict[str, Any]:
@@ -219,7 +237,7 @@ def answer_file(engine: "Engine", conversations: list[Conversation], write: Writ
     rounds = Rounds.join(logs)
     tokens = rounds.committed.sum()
     speculation = f"; {speculation_of(rounds)}" if controller is not None else ""
-    print(f"[{turns} turns, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s{speculation}]", file=sys.stderr)
+    note(f"[{turns} turns, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s{speculation}]")
 
 
 def answer_batch(
@@ -235,7 +253,8 @@ def answer_batch(
                 try:
                     rows[index] = encode(engine, histories[index], use_chat)
                 except UserError as error:  # the answers so far have made it too long
-                    cli.warn(f"{where(conversation)}, turn {turn + 1} is left without an answer: {error}")
+                    if cli.is_first():
+                        cli.warn(f"{where(conversation)}, turn {turn + 1} is left without an answer: {error}")
                     yield index, turn, NO_ROOM
         generations = (
             engine.generate_ids(
@@ -279,7 +298,7 @@ def record(identity: str | int, turn: int, prompt: str, generation: Generation) 
 @contextlib.contextmanager
 def output_lines() -> Iterator[Write]:
     """A function that writes one record: to --output, to stdout for a prompt file without it, else nowhere."""
-    if FLAGS.output:
+    if FLAGS.output and cli.is_first():
         with cli.whole_file(FLAGS.output) as file:
             yield lambda line: print(json.dumps(line, ensure_ascii=False), file=file)
     elif FLAGS.prompts:

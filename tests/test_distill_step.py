@@ -85,7 +85,7 @@ def test_a_step_on_a_mesh_is_that_of_one_device(mixed, alone, mesh):
 
 def test_data_alone_lies_across_slices(mixed, alone, monkeypatch):
     """Two virtual slices, whose devices take turns in the list of all."""
-    monkeypatch.setattr("eesd_jax.distill.layout._slice_of", lambda device: device.id % 2)
+    monkeypatch.setattr("eesd_jax.model.sharding._slice_of", lambda device: device.id % 2)
     config = dataclasses.replace(mixed, mesh=MeshConfig(data=2, fsdp=4))
     layout = make_layout(config)
     assert [{device.id % 2 for device in part.flat} for part in layout.mesh.devices] == [{0}, {1}]

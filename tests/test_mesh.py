@@ -1,10 +1,12 @@
 """Decoding on a mesh of virtual devices: the tokens of one device, caches where their heads are, and no more talk than it takes."""
 
 import collections
+import math
 import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 
@@ -13,6 +15,7 @@ from eesd_jax import engine as programs
 from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DraftConfig
 from eesd_jax.control import build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
+from eesd_jax.decode import ngrams
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
 from eesd_jax.engine import Drafter
 from eesd_jax.model import cpu_calls, exit_branch
@@ -24,10 +27,16 @@ SLOW = pytest.mark.slow
 PROMPTS = [[5, 9, 200, 5, 9, 200, 5], [7]]
 
 
-def make_engine(axes: dict[str, int], blocks: int = 3, longest_match: int = 0) -> Engine:
-    """A model with four heads over four, and a branch behind its first block that is right now and then; on a mesh, if it has axes."""
+def make_engine(
+    axes: dict[str, int], blocks: int = 3, longest_match: int = 0, kv_heads: int = 4, table: np.ndarray | None = None
+) -> Engine:
+    """A model with four heads over four or fewer, and a branch behind its first block that is right now and then.
+
+    Args:
+      axes: of the mesh, if there are some. table: of n-grams, if it has one.
+    """
     mesh = make_mesh(**axes) if axes else None
-    config = tiny.config(num_hidden_layers=blocks, num_key_value_heads=4)
+    config = tiny.config(num_hidden_layers=blocks, num_key_value_heads=kv_heads)
     source = tiny.ArraySource(tiny.tensors(config))
     branch = exit_branch.init_exit_branch(config, load_params(config, source, jnp.dtype("float32")), 1, "zero")
     if mesh:
@@ -35,7 +44,7 @@ def make_engine(axes: dict[str, int], blocks: int = 3, longest_match: int = 0) -
         branch = jax.tree.map(jax.device_put, branch, homes)
     model = LoadedModel(config, load_params(config, source, jnp.dtype("float32"), mesh), tiny.loaded_model().tokenizer, ())
     draft = DraftConfig(1, 2, verify_widths=(), longest_match=longest_match)
-    return Engine(model, OPTIONS, Drafter(branch, draft, Calibration(), trained=False))
+    return Engine(model, OPTIONS, Drafter(branch, draft, Calibration(), trained=False, ngrams=table))
 
 
 @pytest.mark.parametrize(
@@ -52,10 +61,31 @@ def test_tokens_are_those_of_one_device(axes):
     assert sum(int(generation.log.drafted.sum()) for generation in found) > 0
 
 
+@pytest.mark.parametrize("axes", [{"data": 2, "tensor": 2}, pytest.param({"fsdp": 2, "tensor": 4}, marks=SLOW)], ids=str)
+def test_a_table_of_ngrams_drafts_on_a_mesh_what_it_drafts_on_one_device(axes):
+    """Every device has all of it; the drafts come from it alone, and nearly all are right, as it was counted in the very answers."""
+    plain = make_engine({}).generate_ids(PROMPTS, seeds=[0, 1], controller=None)
+    expected = [generation.token_ids for generation in plain]
+    table = ngrams.build([prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)], 2**12)
+    costs = RoundCosts(exit=(1.0, 9.0, 9.0), look_up=(1.0, 1.0, 1.0))  # so that it does not pay to ask the branch
+    logs = []
+    for where in ({}, axes):
+        engine = make_engine(where, longest_match=LONGEST_MATCH, table=table)
+        kinds = engine.drafter.match_kinds
+        both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, longest_match=kinds)
+        found = engine.generate_ids(PROMPTS, seeds=[0, 1], controller=both)
+        assert [generation.token_ids for generation in found] == expected
+        logs.append([(generation.drafted, generation.accepted) for generation in found])
+    assert engine.ngrams.sharding.is_fully_replicated
+    assert len(engine.ngrams.sharding.device_set) == math.prod(axes.values())
+    assert logs[0] == logs[1]
+    assert sum(accepted for _, accepted in logs[1]) >= 20
+
+
 def decode_program(engine: Engine, controller: Controller | None) -> tuple[str, object]:
     """The HLO of the loop that decodes, and the state that it is given."""
     state = engine.prefill(PROMPTS, [0, 1], 2, 20, controller)
-    settings = programs._sampling_arrays(SamplingConfig(), 2, engine._rows_home)
+    settings = programs._sampling_arrays(SamplingConfig(), 2, engine.rows_home)
     model, rest = engine.model, (settings, state, jnp.int32(4))
     with cpu_calls.on_mesh(True):
         if controller is None:
@@ -100,6 +130,20 @@ def test_caches_lie_where_their_heads_and_rows_are(axes):
     assert gathers
     for line in gathers:
         assert len(re.search(r"\[([\d,]*)\]", line)[1].split(",")) < 4, line
+
+
+@SLOW
+@pytest.mark.parametrize("axes", [{"tensor": 4}, {"fsdp": 2, "tensor": 4}], ids=str)
+def test_heads_that_no_axis_divides(axes):
+    """Two key/value heads over four devices: half of a head's channels each, or a copy; the tokens are those of one device."""
+    expected = [generation.token_ids for generation in make_engine({}, kv_heads=2).generate_ids(PROMPTS, seeds=[0, 1], controller=None)]
+    many = make_engine(axes, kv_heads=2)
+    for controller in (None, Fixed(2)):
+        found = many.generate_ids(PROMPTS, seeds=[0, 1], controller=controller)
+        assert [generation.token_ids for generation in found] == expected
+    for cache in many.prefill(PROMPTS, [0, 1], 2, 20, Fixed(2)).cache.k:
+        rows, heads, *_ = cache.sharding.shard_shape(cache.shape)
+        assert (rows, heads) in ((2, 2), (2, 1))
 
 
 def test_rows_that_do_not_spread_evenly():

@@ -21,7 +21,7 @@ cli.define_distributed_flags()
 def main(argv: Sequence[str]) -> None:
     del argv
     config = experiment.config_from_flags()
-    cli.start_distributed()
+    cli.start_distributed(experiment.to_dict(config))
 
     import jax
 

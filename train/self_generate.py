@@ -31,7 +31,7 @@ cli.define_distributed_flags()
 def main(argv: Sequence[str]) -> None:
     del argv
     config = experiment.config_from_flags()
-    cli.start_distributed()
+    cli.start_distributed(experiment.to_dict(config))
 
     from eesd_jax.distill import self_generate
 

@@ -58,22 +58,13 @@ def make_layout(config: ExperimentConfig, all_devices: Sequence[jax.Device] | No
         if devices % fixed:
             raise UserError(f"mesh is {text}, and the number of devices is {devices}; expected sizes whose product divides it")
         wanted[open_axes[0]] = devices // fixed
-    if math.prod(wanted.values()) != devices:
-        raise UserError(f"mesh is {text}, which is {math.prod(wanted.values())} devices; expected {devices}, all that there are")
+    mesh = sharding.make_whole_mesh(all_devices, **wanted)
     rows = config.batch_size // config.optimizer.accumulate
     if rows % (shards := wanted["data"] * wanted["fsdp"]):
         raise UserError(
             f"batch_size is {config.batch_size} in {config.optimizer.accumulate} parts of {rows}; expected parts that are a multiple of "
             f"{shards}, the mesh's data x fsdp"
         )
-    slices = len({_slice_of(device) for device in all_devices})
-    if wanted["data"] % slices:
-        raise UserError(
-            f"mesh is {text} over {slices} slices; expected a multiple of {slices} for data, the only axis that may lie across slices: "
-            "the others send too much for the network between them"
-        )
-    # A slice's devices stand together, so that only `data` crosses slices; in it a process's, so that the rows it reads follow each other.
-    mesh = sharding.make_mesh(sorted(all_devices, key=_slice_first), **wanted)
     first, last = _row_shards(mesh, jax.process_index())
     processes = {device.process_index for device in all_devices}
     spans = {_row_shards(mesh, process) for process in processes}
@@ -83,15 +74,6 @@ def make_layout(config: ExperimentConfig, all_devices: Sequence[jax.Device] | No
             "expected a tensor axis that divides a process's devices, or is a multiple of them"
         )
     return Layout(mesh, first // (last - first), shards // (last - first))
-
-
-def _slice_of(device: jax.Device) -> int:
-    """Which of several TPU slices, that a network joins, a device is of."""
-    return getattr(device, "slice_index", 0)
-
-
-def _slice_first(device: jax.Device) -> tuple[int, int, int]:
-    return _slice_of(device), device.process_index, device.id
 
 
 def _row_shards(mesh: Mesh, process: int) -> tuple[int, int]:

@@ -31,6 +31,7 @@ from eesd_jax.distill.refill import Refiller, Request, local_mesh
 from eesd_jax.distill.response_journal import Journal, check_same, check_settings_file
 from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
+from eesd_jax.processes import check_shared
 from eesd_jax.prompts import Conversation, is_text
 from eesd_jax.weights.branch_folder import config_hash, fingerprint
 
@@ -149,6 +150,7 @@ def self_generate(
     process_index = jax.process_index() if process_index is None else process_index
     process_count = jax.process_count() if process_count is None else process_count
     folder = _output_dir(config) / "dataset"
+    check_shared(folder.parent, "output_dir")
     writes_prompts = config.self_generate.prompts == prompt_source.SELF
     prompts = None if writes_prompts else prompt_source.read(config.self_generate.prompts)
     settings = describe_settings(config, prompts)

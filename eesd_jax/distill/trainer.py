@@ -33,6 +33,7 @@ from eesd_jax.distill.preemption import watch_for_sigterm
 from eesd_jax.errors import UserError
 from eesd_jax.hardware import find_chip
 from eesd_jax.model import cpu_calls, exit_branch
+from eesd_jax.processes import check_shared
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.checkpoint import Checkpoints, refuse_other
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -57,6 +58,7 @@ def train(config: ExperimentConfig) -> Result:
     if output.is_file():
         raise UserError(f"output_dir is {config.output_dir!r}, which is a file; expected a folder, or none yet")
     layout = make_layout(config)
+    check_shared(output, "output_dir")
     exported = output / "exit_branch" / branch_folder.INFO_NAME
     if exported.exists():
         return _finished(config, output, exported)

@@ -4,6 +4,7 @@ Mesh axes: `data` (replicas, across slices), `fsdp` (weights split over their em
 """
 
 import math
+from collections.abc import Sequence
 
 import flax.linen as nn
 import jax
@@ -35,6 +36,35 @@ def make_mesh(devices: list[jax.Device] | None = None, *, data: int = 1, fsdp: i
         raise UserError(f"a mesh of {data} x {fsdp} x {tensor} needs {math.prod(shape)} devices; there are {len(devices)}")
     # Auto axes: Linen's logical constraints do not work with Explicit ones, which jax.make_mesh would choose.
     return Mesh(np.asarray(devices).reshape(shape), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def make_whole_mesh(devices: Sequence[jax.Device], *, data: int, fsdp: int, tensor: int) -> Mesh:
+    """A mesh of all those devices, which may be of several processes and of several slices, that a network joins.
+
+    A slice's devices stand together, so that only `data` crosses slices; in it a process's, so that the rows it reads follow each other.
+
+    Raises:
+      UserError: another number of devices, or axes that would send too much between slices.
+    """
+    text, size = f"mesh is data {data} x fsdp {fsdp} x tensor {tensor}", data * fsdp * tensor
+    if size != len(devices):
+        raise UserError(f"{text}, which is {size} devices; expected {len(devices)}, all that there are")
+    slices = len({_slice_of(device) for device in devices})
+    if data % slices:
+        raise UserError(
+            f"{text} over {slices} slices; expected a multiple of {slices} for data, the only axis that may lie across slices: "
+            "the others send too much for the network between them"
+        )
+    return make_mesh(sorted(devices, key=_slice_first), data=data, fsdp=fsdp, tensor=tensor)
+
+
+def _slice_of(device: jax.Device) -> int:
+    """Which of several slices a device is of."""
+    return getattr(device, "slice_index", 0)
+
+
+def _slice_first(device: jax.Device) -> tuple[int, int, int]:
+    return _slice_of(device), device.process_index, device.id
 
 
 def mesh_of(array: jax.Array) -> Mesh | None:

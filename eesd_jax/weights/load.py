@@ -3,6 +3,7 @@
 Weights are read one tensor at a time and placed at once with their sharding, so the host never holds more than the model and one tensor.
 """
 
+import math
 import pathlib
 from typing import Any, NamedTuple, Protocol
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import PreTrainedTokenizerBase
 
 from eesd_jax.errors import UserError
@@ -165,9 +166,35 @@ def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mes
             return parts[key]
 
         # Each process reads only the parts that its own devices hold; waiting keeps one tensor at a time in the host's memory.
-        return jax.make_array_from_callback(source.shapes[name], placement, part).block_until_ready()
+        shape = source.shapes[name]
+        read_as = _by_rows(placement, shape)
+        array = jax.make_array_from_callback(shape, read_as, part)
+        return (array if read_as == placement else _move(array, placement)).block_until_ready()
 
     return jax.tree.map(load, names, placements)
+
+
+def _by_rows(placement: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:
+    """How a tensor is read that is to lie like that: in as many parts, of whole rows.
+
+    Where each of several processes is to have some columns, of every row, it would read nearly every page of the file. Rows follow each
+    other there; the devices then send each other what they need.
+    """
+    if not (isinstance(placement, NamedSharding) and placement.mesh.is_multi_process and any(placement.spec[1:])):
+        return placement
+    axes = tuple(axis for axis in placement.mesh.axis_names if axis in placement.spec)
+    if shape[0] % math.prod(placement.mesh.shape[axis] for axis in axes):
+        return placement
+    return NamedSharding(placement.mesh, PartitionSpec(axes))
+
+
+def _move(array: jax.Array, placement: jax.sharding.Sharding) -> jax.Array:
+    """The same array, laid out like that over the same devices, also those of other processes."""
+    return jax.jit(_as_it_is, out_shardings=placement)(array)
+
+
+def _as_it_is(array: jax.Array) -> jax.Array:
+    return array
 
 
 def load_codes(config: ModelConfig, source: gguf.GGUFSource) -> dict[str, Any]:
