@@ -3,9 +3,9 @@
     python benchmarks/loading.py --processes=8 --mesh=fsdp:8
     python benchmarks/loading.py --processes=4 --mesh=fsdp:2,tensor:4 --only=0
 
-The file is sparse: a header, and nothing behind it, so it takes no disk; reading it gives zeros. Processes are run one after the other, as a
-machine without the memory for all of them can: each has all devices of the mesh, virtual ones, loads through the library's own code, and keeps
-what its own devices would hold. What devices would send each other is left out. `tests/test_weights.py` loads in real ones, together.
+The file is sparse: a header, and nothing behind it, so it takes no disk; reading it gives zeros. Processes are run one after the other,
+as a machine without the memory for all of them can: each has all devices of the mesh, virtual ones, loads through the library's own code,
+and keeps what its own devices would hold. What devices would send each other is left out. `tests/test_weights.py` loads in real processes.
 
 Read are bytes asked of the file; memory is the peak above what the process had before, without the pages of the file that the kernel keeps
 for it, and takes back when it needs them (shown beside it).
@@ -38,7 +38,10 @@ GIB = 2**30
 
 
 class Loaded(NamedTuple):
-    """What one process did, in bytes. read: of the file. share: what its devices hold. memory, mapped: peaks, of its own and of the file."""
+    """What one process did, in bytes.
+
+    read: of the file. share: what its devices hold. memory, mapped: peaks of its own memory, and of the file's.
+    """
 
     read: int
     share: int

@@ -37,6 +37,7 @@ class Lifeline:
         self._lines: dict[int, socket.socket] = {}
         self._left: set[int] = set()  # who has nothing more to do, and may close its connection
         self._closed: set[int] = set()
+        self._first = threading.Lock()  # held by who heard of the first end
         self._over = threading.Lock()  # held by who says the last word of this process
 
     def listen(self) -> tuple[int, str]:
@@ -111,6 +112,8 @@ class Lifeline:
 
     def _ended(self, process: int, why: str | None, code: int) -> None:
         """Another process has ended before its time: so does this one."""
+        if not self._first.acquire(blocking=False):
+            return  # an end that followed from the first
         if self._process == 0:
             self._tell({"process": process, "why": why, "code": code})
         if why is not None:

@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import random
+import re
 import shutil
 import signal
 import socket
@@ -50,12 +51,12 @@ def start(dataset, environment):
     """Starts the command with those fields; whatever still runs in the end is killed."""
     running = []
 
-    def start(output: pathlib.Path, *arguments: str, **fields: Any) -> subprocess.Popen:
+    def start(output: pathlib.Path, *arguments: str, cwd: pathlib.Path | None = None, **fields: Any) -> subprocess.Popen:
         fields = {"output_dir": output, "data.path": dataset, "evaluation.rollouts": 0} | {
             name.replace("__", "."): value for name, value in fields.items()
         }
         line = [sys.executable, SCRIPT, f"--config={CONFIG}", *(f"--config.{name}={value}" for name, value in fields.items()), *arguments]
-        process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(line, env=environment, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         running.append(process)
         return process
 
@@ -192,15 +193,21 @@ def test_sigterm_saves_and_ends_with_143(start, tmp_path):
 
 @pytest.fixture
 def start_together(start):
-    """Starts that many processes of one run, which find each other on this machine."""
+    """Starts that many processes of one run, which find each other on this machine; of single ones with arguments or folders of their own."""
 
-    def start_together(output: pathlib.Path, count: int, **fields: Any) -> list[subprocess.Popen]:
+    def start_together(
+        output: pathlib.Path,
+        count: int,
+        own: dict[int, list[str]] | None = None,
+        folders: dict[int, pathlib.Path] | None = None,
+        **fields: Any,
+    ) -> list[subprocess.Popen]:
         with socket.socket() as free:
             free.bind(("localhost", 0))
             address = f"localhost:{free.getsockname()[1]}"
+        who = [f"--coordinator_address={address}", f"--num_processes={count}"]
         return [
-            start(output, f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={i}", **fields)
-            for i in range(count)
+            start(output, *who, f"--process_id={i}", *(own or {}).get(i, ()), cwd=(folders or {}).get(i), **fields) for i in range(count)
         ]
 
     return start_together
@@ -257,6 +264,69 @@ def test_one_process_that_is_asked_to_end_ends_all_at_the_same_step(start_togeth
         assert f"stopped behind step {step} of 800; the same command goes on from there\n" in err
     finish(*start_together(output, 2, **fields))
     assert result_of(output) == result_of(whole)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_one_that_is_killed_ends_all_and_they_go_on_together(start_together, tmp_path, killed):
+    """The others stop within seconds and say who is gone; started again, they end with the bytes of a run that nobody killed."""
+    fields = {"steps": 200, "checkpoint__every": 5, "evaluation__every": 0, "batch_size": 4}
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    finish(*start_together(whole, 2, **fields))
+    processes = start_together(output, 2, **fields)
+    wait_until(lambda: bool(checkpoint_steps(output)), processes[0])
+    processes[killed].kill()
+    (err,) = finish(processes[1 - killed], code=1)
+    assert re.fullmatch(
+        rf"error: process {killed} \(.*\) is gone: it was killed, .*; expected all processes to run to the end: .*\n", err
+    ), err
+    assert 0 < checkpoint_steps(output)[-1] < 200
+    finish(*start_together(output, 2, **fields))
+    assert result_of(output) == result_of(whole)
+
+
+@pytest.mark.parametrize("count", [1, 4])
+def test_another_number_of_processes_goes_on_with_the_same_data(start, start_together, tmp_path, count):
+    """Killed as two: every step read the same rows, and parameters are within 1e-5 of a run that was never stopped."""
+    fields = {"steps": 40, "checkpoint__every": 5, "evaluation__every": 0, "batch_size": 4, "optimizer__learning_rate": 1e-3}
+    whole, output = tmp_path / "whole", tmp_path / "killed"
+    finish(*start_together(whole, 2, **fields))
+    processes = start_together(output, 2, **fields)
+    wait_until(lambda: bool(checkpoint_steps(output)), processes[0])
+    processes[0].kill()
+    finish(processes[1], code=1)
+    step = checkpoint_steps(output)[-1]
+    assert 0 < step < 40
+    errors = finish(start(output, **fields)) if count == 1 else finish(*start_together(output, count, **fields))
+    assert f"resumed behind step {step}\n" in errors[0]
+    (branch, _, lines), (right, _, right_lines) = result_of(output), result_of(whole)
+    for line, wanted in zip(lines, right_lines, strict=True):
+        assert (line["step"], line.get("positions")) == (wanted["step"], wanted.get("positions"))
+        if "loss" in line:
+            assert line["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    for name, leaf in load(branch).items():
+        wanted = load(right)[name]
+        assert np.linalg.norm(leaf - np.float64(wanted)) <= 1e-5 * np.linalg.norm(np.float64(wanted)), name
+
+
+def test_configs_that_differ_and_folders_that_are_not_shared(start_together, tmp_path):
+    def refused(**own: Any) -> list[str]:
+        errors = finish(*start_together(tmp_path / "run", 2, **SHORT, **own), code=2)
+        assert not (tmp_path / "run").exists()
+        return errors
+
+    for err in refused(own={1: ["--config.optimizer.learning_rate=0.5"]}):
+        assert re.fullmatch(
+            r"error: process 1 \(.*\) has other settings than process 0 \(.*\): optimizer.learning_rate is 0.5, there 0.001; expected .*\n",
+            err,
+        )
+    folders = {i: tmp_path / f"host{i}" for i in range(2)}
+    for folder in folders.values():
+        folder.mkdir()
+    for err in refused(output_dir="run", folders=folders):
+        assert re.match(
+            r"error: output_dir is 'run', where process 1 \(.*\) cannot see what process 0 \(.*\) writes; expected a folder that", err
+        )
+    assert not any(list(folder.iterdir()) for folder in folders.values())
 
 
 def test_processes_killed_together_go_on_together(start_together, tmp_path):
