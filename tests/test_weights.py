@@ -12,6 +12,7 @@ import weakref
 import gguf
 import jax
 import jax.numpy as jnp
+import loading
 import numpy as np
 import pytest
 import tiny
@@ -21,7 +22,7 @@ from eesd_jax.model import llama, rope, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.gguf import GGUFSource
 from eesd_jax.weights.load import load_model, load_params
-from eesd_jax.weights.safetensors import SafetensorsSource
+from eesd_jax.weights.safetensors import SafetensorsSource, StoredTensor
 
 # GGUF keeps it as a float32; a power of two is the same number there.
 EPS = 2.0**-17
@@ -225,6 +226,31 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
         found = json.loads(out.splitlines()[-1])
         assert found["read"] == found["held"]
         assert found["held"] == found["whole"] / 2  # rows of fsdp, each on the two devices of one process
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
+def test_a_process_reads_whole_rows_and_no_more_than_its_share(tmp_path, sizes, monkeypatch):
+    """Each of four in turn, as `benchmarks/loading.py` has them: of columns it would read nearly every page of the file."""
+    loading.write_sparse(tmp_path, tiny.hf_config())
+    asked, get = [], StoredTensor.__getitem__
+
+    def watch(tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
+        values = get(tensor, index)
+        asked.append((index, values.shape))
+        return values
+
+    monkeypatch.setattr(StoredTensor, "__getitem__", watch)
+    found = [loading.load_as(process, 4, tmp_path, sizes)[0] for process in range(4)]
+    for index, shape in asked:
+        assert all((part.start or 0, part.stop or size) == (0, size) for part, size in zip(index[1:], shape[1:], strict=True))
+    tensors = SafetensorsSource(tmp_path).shapes
+    whole = sum(2 * math.prod(shape) for shape in tensors.values())
+    if "data" not in sizes:
+        assert [(loaded.read, loaded.share) for loaded in found] == [(whole / 4, whole / 4)] * 4
+    else:  # two devices a process, of which both hold the norms; and two processes hold the same
+        norms = sum(2 * math.prod(shape) for shape in tensors.values() if len(shape) == 1)
+        assert [loaded.read for loaded in found] == [(whole - norms) / 2 + norms / 2] * 4
+        assert [loaded.share for loaded in found] == [(whole - norms) / 2 + norms] * 4
 
 
 def test_params_on_a_mesh(tmp_path):
