@@ -220,25 +220,25 @@ def check_shared(folder: epath.Path, what: str) -> None:
     """
     if not joined():
         return
-    marker, problem, made = None, None, False
+    marker, problem, made = None, None, []
     if is_first():
         try:
-            made = not folder.exists()
+            made = [path for path in (folder, *folder.parents) if not path.exists()]
             folder.mkdir(parents=True, exist_ok=True)
             marker = f".process_0_{os.getpid()}_{time.time_ns()}"
             (folder / marker).write_text("looked for by the other processes")
-        except OSError as error:
-            problem = error.strerror
+        except Exception as error:  # of a bucket its library's own
+            problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     marker, problem = exchange((marker, problem))[0]
     if problem is not None:
         raise UserError(f"{what} is {os.fspath(folder)!r}, which cannot be written to ({problem}); expected a folder to write to")
     seen = exchange((socket.gethostname(), _appears(folder / marker)))
     blind = [f"process {process} ({host})" for process, (host, sees) in enumerate(seen) if not sees]
     if is_first():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(Exception):
             (folder / marker).unlink()
-            if made:  # whoever fails from here on leaves nothing behind
-                folder.rmdir()
+            for path in made:  # whoever fails from here on leaves nothing behind
+                path.rmdir()
     if blind:
         raise UserError(
             f"{what} is {os.fspath(folder)!r}, where {', '.join(blind[:6])} cannot see what process 0 ({seen[0][0]}) writes; "
@@ -249,8 +249,10 @@ def check_shared(folder: epath.Path, what: str) -> None:
 def _appears(path: epath.Path) -> bool:
     """Whether there is such a file, soon: network disks remember for a while what was not there."""
     deadline = time.monotonic() + ProcessesConfig.shared
-    while not path.exists():
+    while True:
+        with contextlib.suppress(Exception):  # who may not look does not see
+            if path.exists():
+                return True
         if time.monotonic() > deadline:
             return False
         time.sleep(0.5)
-    return True
