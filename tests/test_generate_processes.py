@@ -58,10 +58,11 @@ def answers(cache: pathlib.Path, count: int, devices: int, *arguments: str) -> l
 @pytest.mark.parametrize(
     ("count", "devices", "mesh", "more"),
     [
-        (2, 1, "tensor:2", []),
+        (2, 1, "tensor:2", ["--controller=plain"]),
+        pytest.param(2, 1, "tensor:2", [], marks=SLOW),
         pytest.param(2, 2, "data:2,tensor:2", [], marks=SLOW),
         pytest.param(4, 1, "fsdp:4", [], marks=SLOW),
-        pytest.param(4, 1, "data:2,fsdp:2", ["--temperature=0.7", "--stop=e"], marks=SLOW),
+        pytest.param(4, 1, "data:2,fsdp:2", ["--controller=plain", "--temperature=0.7", "--stop=e"], marks=SLOW),
         pytest.param(4, 2, "tensor:8", ["--controller=plain"], marks=SLOW),
         pytest.param(2, 1, "tensor:2", ["--controller=cost_aware"], marks=SLOW),
     ],
