@@ -9,7 +9,7 @@ from typing import NamedTuple
 class Chip(NamedTuple):
     """flops: bfloat16 multiplications and additions a second, dense. memory: bytes. bandwidth: bytes a second to its memory.
 
-    link: bytes a second, one way, over one link to a neighbour in the slice; 0 where chips are joined by switches.
+    link: bytes a second, one way: of a TPU over one link to a neighbour in the slice; of a GPU over all of NVLink, to the others of a node.
     """
 
     flops: float
@@ -20,6 +20,7 @@ class Chip(NamedTuple):
 
 # TPUs: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, whose figure for all links of a chip is divided by their number (4 in a
 # two-dimensional torus, 6 in a three-dimensional one), and by 2 where it is said to be of both directions.
+# GPUs: NVIDIA's data sheets of the A100 80GB, H100 and H200 in their SXM form; NVLink's figure is of both directions.
 # By `jax.Device.device_kind`, as far as it begins so; the longest match counts.
 _CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 50e9),
@@ -29,9 +30,9 @@ _CHIPS = {
     "TPU v5p": Chip(459e12, 95 * 2**30, 2.765e12, 100e9),
     "TPU v6 lite": Chip(918e12, 32 * 2**30, 1.6e12, 100e9),
     "TPU v6e": Chip(918e12, 32 * 2**30, 1.6e12, 100e9),
-    "NVIDIA A100": Chip(312e12, 80 * 2**30, 2.0e12, 0),
-    "NVIDIA H100": Chip(989e12, 80 * 2**30, 3.35e12, 0),
-    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, 0),
+    "NVIDIA A100": Chip(312e12, 80 * 2**30, 2.039e12, 300e9),
+    "NVIDIA H100": Chip(989e12, 80 * 2**30, 3.35e12, 450e9),
+    "NVIDIA H200": Chip(989e12, 141e9, 4.8e12, 450e9),
 }
 
 

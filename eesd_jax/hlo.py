@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 # What a chip sends (and receives) for each byte that it gives to a collective among n chips, where none sends anything in vain.
@@ -54,7 +54,7 @@ class Cost(NamedTuple):
     """What a chip does in one run.
 
     flops: multiplications and additions of matrix products. bytes: read from and written to main memory. collectives: bytes that the chip
-    sends, by kind. open_loops: how many loops run as often as the data will have it; see `cost` for how they are counted.
+    sends, by kind. open_loops: how many loops run as often as the data will have it; see `Module.run` for how they are counted.
     """
 
     flops: float
@@ -77,20 +77,16 @@ _NOTHING = Cost(0.0, 0.0, {}, 0)
 
 
 def cost(text: str, open_trips: Sequence[int] = (1,)) -> Cost:
-    """The cost of a program.
-
-    Args:
-      text: `compiled.as_text()`.
-      open_trips: how often to count the body of a loop whose length is not known: of an outer one, of one within such a loop, ...;
-        the last one holds for all further within. Of the branches of a conditional the costliest is counted.
-    """
-    module = _Module(text)
-    return module.cost(module.entry, tuple(open_trips))
+    """The cost of a program whose text is `compiled.as_text()`; see `Module.run`."""
+    return Module(text).run(open_trips)
 
 
-class _Module:
+class Module:
+    """A program that was read. text: `compiled.as_text()`."""
+
     def __init__(self, text: str):
         self.entry = ""
+        self._chosen: dict[int, int] = {}
         self.computations: dict[str, dict[str, Instruction]] = {}
         current: dict[str, Instruction] = {}
         for line in text.splitlines():
@@ -99,6 +95,17 @@ class _Module:
                 self.entry = match[2] if match[1] else self.entry
             elif found := _parse(line):
                 current[found.name] = found
+
+    def run(self, open_trips: Sequence[int] = (1,), chosen: Mapping[int, int] | None = None) -> Cost:
+        """The cost of one run.
+
+        Args:
+          open_trips: how often to count the body of a loop whose length is not known: of an outer one, of one within such a loop, ...;
+            the last one holds for all further within.
+          chosen: of conditionals with so many branches, which one is counted; of others it is the costliest.
+        """
+        self._chosen = dict(chosen or {})
+        return self.cost(self.entry, tuple(open_trips))
 
     def cost(self, name: str, open_trips: tuple[int, ...], channels: set[str] | None = None) -> Cost:
         """The cost of a computation; `channels` are given where it is part of a fusion: of the collectives that were counted already."""
@@ -122,7 +129,10 @@ class _Module:
             once = once.times(open_trips[0] if trips is None else trips)
             return once._replace(open_loops=once.open_loops + (trips is None))
         if opcode == "conditional":
-            costs = [self.cost(branch, open_trips) for branch in _branches(one)]
+            branches = _branches(one)
+            if len(branches) in self._chosen:
+                return self.cost(branches[self._chosen[len(branches)]], open_trips)
+            costs = [self.cost(branch, open_trips) for branch in branches]
             return max(costs, key=lambda cost: (cost.bytes, cost.flops))
         if opcode == "call":
             return self.cost(_callee(one, "to_apply"), open_trips)

@@ -19,7 +19,7 @@ from commands import ROOT, assert_refused
 from experiments import make_config, write_dataset
 from jax.sharding import NamedSharding, PartitionSpec
 
-from eesd_jax import control, experiment, hlo, plan, slices
+from eesd_jax import arithmetic, control, estimates, experiment, hlo, needs, plan, recommend, slices
 from eesd_jax.config import DecodeConfig, DraftConfig, MeshConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.distill import layout, trainer
@@ -86,6 +86,16 @@ def test_what_an_all_reduce_sends_in_a_loop():
 
     cost = cost_of(run, shape_of((16, 64), None, "fsdp"), shape_of((64, 24), "fsdp"), out_shardings=everywhere())
     assert cost.collectives == {"all-reduce": 3 * 2 * 7 / 8 * 16 * 24 * 4}
+
+
+def test_of_a_conditional_the_chosen_branch_is_counted():
+    def run(choice, x):
+        widths = [lambda x, i=i: jnp.sum(jnp.tanh(x[:i] @ x.T)) for i in (2, 4, 8)]
+        return jax.lax.switch(choice, widths, x)
+
+    module = hlo.Module(jax.jit(run).lower(jnp.int32(0), jnp.ones((8, 8))).compile().as_text())
+    assert [module.run(chosen={3: i}).flops for i in range(3)] == [2 * width * 8 * 8 for width in (2, 4, 8)]
+    assert module.run() == module.run(chosen={2: 0})
 
 
 # As libtpu writes it: a loop over i = 0, 2, 4, 6 whose counter is copied, a product as a convolution over a window of which one place falls
@@ -192,13 +202,13 @@ def test_memory_by_kind_is_what_xla_is_given(tmp_path):
     config = small(tmp_path)
     config = dataclasses.replace(config, branch=dataclasses.replace(config.branch, draft_vocab=56))
     program = plan.compile_distill(config, known.find_config("tiny"), jax.devices())
-    stats, needs = program.compiled.memory_analysis(), plan.memory(program)
+    stats, found = program.compiled.memory_analysis(), needs.memory(program)
     numbers_of_rows = 4 * config.batch_size // 4  # int32, over data x fsdp
-    copy = needs.held["copy for the checkpoint"]
-    assert sum(needs.held.values()) - copy - numbers_of_rows == stats.argument_size_in_bytes
-    assert copy == needs.held["trained branch"] + needs.held["optimizer state"]
-    assert needs.total == sum(needs.held.values()) + stats.temp_size_in_bytes + needs.output + needs.code
-    assert needs.output < copy / 10  # the new state takes the old one's place
+    copy = found.held["copy for the checkpoint"]
+    assert sum(found.held.values()) - copy - numbers_of_rows == stats.argument_size_in_bytes
+    assert copy == found.held["trained branch"] + found.held["optimizer state"]
+    assert found.total == sum(found.held.values()) + stats.temp_size_in_bytes + found.output + found.code
+    assert found.output < copy / 10  # the new state takes the old one's place
 
 
 def test_rows_stay_apart(tmp_path):
@@ -239,6 +249,106 @@ def test_decode_programs_are_the_engines(engine, tmp_path):
     assert costs[0].flops > hlo.cost(plain.compiled.as_text()).flops
 
 
+# By arithmetic --------------------------------------------------------------------------------------------------------------------------
+
+
+def decode_shape(batch: int = 2) -> plan.DecodeShape:
+    return plan.DecodeShape(batch, 9, 20, 3, control.parse_controller("beta", 3))
+
+
+def test_a_step_reads_weights_and_caches_once(tmp_path):
+    """And multiplies each row by every matrix but the embedding, and each query by the caches."""
+    model = known.find_config("tiny")
+    on = plan.decoding(small(tmp_path), model, sharding.make_mesh(), decode_shape())
+    weights = on.params if model.tie_embeddings else on.params | {"embed": None}
+    cost = arithmetic.plain_step(on)
+    assert cost.bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((weights, on.cache)))
+    matrices = sum(leaf.size for leaf in jax.tree.leaves(weights) if leaf.ndim == 2)
+    cached = sum(leaf.size for leaf in jax.tree.leaves(on.cache))
+    assert cost.flops == 2 * (on.rows * matrices + model.num_heads // model.num_kv_heads * cached)
+
+
+def test_a_round_without_drafts_is_a_plain_step(tmp_path):
+    """Each draft then costs the blocks that draft and the branch; what verification costs more is arithmetic alone."""
+    on = plan.decoding(small(tmp_path), known.find_config("tiny"), sharding.make_mesh(), decode_shape())
+    assert arithmetic.eesd_round(on, 0, 1) == arithmetic.plain_step(on)
+    costs = [arithmetic.eesd_round(on, drafts, 4) for drafts in (1, 2, 3)]
+    assert costs[1].bytes - costs[0].bytes == costs[2].bytes - costs[1].bytes > 0
+    assert arithmetic.eesd_round(on, 1, 9).bytes == costs[0].bytes
+    assert arithmetic.eesd_round(on, 1, 9).flops > costs[0].flops
+
+
+def test_decoding_is_known_without_a_compiler(tmp_path):
+    """Arrays over a mesh of no devices are those that the engine has, and so is what it reads of them."""
+    config, model = small(tmp_path), known.find_config("tiny")
+    node = slices.find_slice("h100:8")
+    compiled = [needs.need(program) for program in plan.compile_decode(config, model, jax.devices(), decode_shape())]
+    for ours, theirs in zip(estimates.estimate_decode(config, model, node, decode_shape()), compiled, strict=True):
+        assert ours.name == theirs.name
+        for kind in ("weights", "exit branch"):
+            assert ours.memory.held[kind] == theirs.memory.held[kind]
+        for our_run, their_run in zip(ours.runs, theirs.runs, strict=True):
+            assert (our_run.name, our_run.tokens) == (their_run.name, their_run.tokens)
+            assert our_run.cost.flops == pytest.approx(their_run.cost.flops, rel=0.2)
+            assert our_run.cost.collectives["all-reduce"] == pytest.approx(their_run.cost.collectives["all-reduce"], rel=0.3)
+
+
+def test_a_training_step_is_known_without_a_compiler(tmp_path):
+    """What is held is what the compiler is given; arithmetic is what the HLO has."""
+    config, model = small(tmp_path, mesh=MeshConfig(2, 4, 1)), known.find_config("tiny")
+    ours = estimates.estimate_distill(config, model, slices.find_slice("h100:8"))
+    theirs = needs.need(plan.compile_distill(config, model, jax.devices()))
+    assert ours.memory.held == theirs.memory.held
+    assert ours.runs[0].tokens == theirs.runs[0].tokens
+    assert ours.runs[0].cost.flops == pytest.approx(theirs.runs[0].cost.flops, rel=0.1)
+    assert sum(ours.runs[0].cost.collectives.values()) == pytest.approx(sum(theirs.runs[0].cost.collectives.values()), rel=1.0)
+
+
+def fake_planner(fits: dict[str, bool], asked: list[tuple[str, MeshConfig]]) -> recommend.Planner:
+    """Says of each slice that a program needs a byte, or that it does not fit."""
+
+    def planner(config, model, where, shape, what):
+        asked.append((where.name, config.mesh))
+        if not fits.get(where.name, True):
+            raise plan.DoesNotFit("too small")
+        yield needs.Need(plan.DISTILL, needs.Memory({}, 0, 1, 0, 0), (needs.Run("", 1, hlo.Cost(1.0, 1.0, {}, 0)),))
+
+    return planner
+
+
+def test_the_smallest_slice_that_fits(tmp_path):
+    """Smallest first, each family until one fits; what cannot fit is not compiled for, nor what no mesh divides."""
+    config = dataclasses.replace(small(tmp_path), model="70B", dtype="bfloat16", mesh=MeshConfig(-1, 1, 1), batch_size=16)
+    model, asked = known.find_config("meta-llama/Llama-3.1-70B-Instruct"), []
+    tried = list(recommend.try_slices(config, model, ("v5e", "v5p"), decode_shape(), "distill", planner=fake_planner({}, asked)))
+    verdicts = {one.where.name: one.problem for one in tried}
+    assert "not compiled" in verdicts["v5e:1x1"]
+    assert verdicts["v5e:4x4"] is None
+    assert verdicts["v5p:2x2x1"] is None
+    assert [name for name, _ in asked] == ["v5p:2x2x1", "v5e:4x4"]
+    assert "v5e:4x8" not in verdicts
+    assert [one.where.chips for one in tried] == sorted(one.where.chips for one in tried)
+    # Rows that 16 chips do not divide.
+    config = dataclasses.replace(config, batch_size=8)
+    tried = list(recommend.try_slices(config, model, ("v5e",), decode_shape(), "distill", planner=fake_planner({}, asked)))
+    assert "batch of 8 rows" in tried[-1].problem
+
+
+def test_where_the_compiler_disagrees_the_smallest_mesh_is_tried(tmp_path):
+    config = dataclasses.replace(small(tmp_path), mesh=MeshConfig(-1, 1, 1), batch_size=8)
+    asked = []
+    tried = list(
+        recommend.try_slices(
+            config, known.find_config("tiny"), ("h100",), decode_shape(), "distill", planner=fake_planner({"h100:1": False}, asked)
+        )
+    )
+    assert [one.problem for one in tried] == ["too small", None]
+    splits = recommend.splits(config, known.find_config("tiny"), slices.find_slice("h100:8"))
+    assert [(split.mesh.data, split.mesh.fsdp) for split in splits] == [(8, 1), (4, 2), (2, 4), (1, 8)]
+    totals = [split.need.memory.total for split in splits]
+    assert totals[-1] == min(totals)
+
+
 # Models, slices, and the command --------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +377,8 @@ def test_configs_are_of_the_models_that_they_name(name, count):
 
 
 @pytest.mark.parametrize(
-    ("topology", "links"), [("v6e:1x1", 0), ("v5p:2x2x1", 2), ("v6e:2x4", 2), ("v5e:16x16", 4), ("v5p:2x2x4", 3), ("v5p:4x4x8", 6)]
+    ("topology", "links"),
+    [("v6e:1x1", 0), ("v5p:2x2x1", 2), ("v6e:2x4", 2), ("v5e:16x16", 4), ("v5p:2x2x4", 3), ("v5p:4x4x8", 6), ("h100:8", 1)],
 )
 def test_links_of_a_chip(topology, links):
     assert slices.links_of(slices.parse_topology(topology)) == links
@@ -288,7 +399,8 @@ def run(command, monkeypatch):
             for name in command.ENVIRONMENT:
                 patch.setenv(name, os.environ.get(name, ""))  # so that they are taken back
             if memory is not None:
-                patch.setattr(slices, "find_slice", lambda name, count: slices.Slice(jax.devices(), Chip(1e12, memory, 1e11, 1e10), 2))
+                patch.setattr(slices, "find_slice", lambda name, count: slices.Slice(name, 1, 8, Chip(1e12, memory, 1e11, 1e10), 2))
+                patch.setattr(slices, "find_devices", lambda where: jax.devices())
             return commands.run(command, f"--config={ROOT}/configs/tiny.py", *arguments)
 
     return run
@@ -299,6 +411,31 @@ def test_the_table(run):
     assert (result.code, result.err) == (0, "")
     for text in ("distill step", "prefill", "plain step", "EESD round", "weights, GiB a chip", "all-reduce, GB a chip", "1,000 M tokens"):
         assert text in result.out
+    assert "with 1 draft " in result.out
+    assert "with 2 drafts " in result.out
+    assert "arithmetic" not in result.out
+
+
+def test_gpus_are_planned_for_by_arithmetic(run):
+    result = run("--topology=h100:4", "--what=all", "--prompt_tokens=9", "--max_new_tokens=20", "--meshes", memory=None)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.count("By arithmetic, not compiled.") == 2
+    assert "2 x 2 x 1" in result.out
+    assert "of 80.00" in result.out
+
+
+def test_a_recommendation(run):
+    result = run("--recommend=h100,a100", "--config.batch_size=8", memory=None)
+    assert (result.code, result.err) == (0, "")
+    assert "Smallest that fits: h100:1, with --config.mesh.data=1 --config.mesh.fsdp=1" in result.out
+    assert "GPUs: by arithmetic, not compiled." in result.out
+
+
+def test_no_slice_is_large_enough(run):
+    result = run("--recommend=h100", "--what=decode", "--batch_size=1000000", memory=None)
+    assert result.code == 1
+    assert result.err.count("\n") == 1
+    assert "h100" in result.err
 
 
 def test_what_does_not_fit(run):
@@ -313,8 +450,12 @@ def test_what_does_not_fit(run):
     ("arguments", "named"),
     [
         (["--topology=v5p:2x2"], ["'v5p:2x2'", "expected", "v5p:AxBxC"]),
-        (["--topology=h100:8"], ["'h100:8'", "expected"]),
+        (["--topology=h100:9"], ["'h100:9'", "expected", "h100:N", "1 to 8"]),
+        (["--topology=p100:8"], ["'p100:8'", "expected"]),
         ([], ["--topology is missing"]),
+        (["--topology=v5e:2x2", "--recommend=v5e"], ["'v5e:2x2'", "--recommend"]),
+        (["--recommend=v5e,v9"], ["'v9'", "v5e"]),
+        (["--topology=h100:8", "--slices=2", "--config.mesh.fsdp=16"], ["fsdp 16", "multiple of 2"]),
         (["--topology=v5e:2x2", "--slices=0"], ["--slices is 0"]),
         (["--topology=v5e:2x2", "--max_draft=0"], ["--max_draft is 0"]),
         (["--topology=v5e:2x2", "--controller=cost_aware"], ["'cost_aware'", "expected"]),

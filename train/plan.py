@@ -2,14 +2,18 @@
 
 python train/plan.py --config=configs/llama13b.py --topology=v5p:2x2x1
 python train/plan.py --config=configs/llama8b.py --topology=v6e:1x1 --what=decode --batch_size=8 --max_new_tokens=1024
+python train/plan.py --config=configs/llama13b.py --recommend=v5e,v6e
+python train/plan.py --config=configs/llama70b.py --topology=h100:8 --slices=2 --config.mesh.fsdp=8
 
 Needs the libtpu wheel (pip install libtpu), and neither weights nor a network for the models in configs/. Times are a bound: nothing on a
-chip waits for anything else. Exit code 1 if a program needs more memory than a chip has.
+chip waits for anything else. For GPUs there is no compiler at hand: what is said of them is arithmetic, and marked so. Exit code 1 if a
+program needs more memory than a chip has.
 """
 
 import os
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from absl import flags
 
@@ -17,10 +21,24 @@ from eesd_jax import cli, control, experiment
 from eesd_jax.config import DecodeConfig, DraftConfig
 from eesd_jax.errors import UserError
 
+if TYPE_CHECKING:
+    from eesd_jax.config import ExperimentConfig
+    from eesd_jax.model.config import ModelConfig
+    from eesd_jax.plan import DecodeShape
+    from eesd_jax.slices import Slice
+
 WHAT = ("distill", "decode", "all")
 experiment.define_config_flag()
-flags.DEFINE_string("topology", None, "The slice: v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, with the chips along each dimension.")
-flags.DEFINE_integer("slices", 1, "How many such slices, joined by a network; mesh.data lies across them.")
+flags.DEFINE_string(
+    "topology",
+    None,
+    "The slice: v4:AxBxC, v5e:AxB, v5p:AxBxC or v6e:AxB, with the chips along each dimension; or GPUs of a node: a100:N, h100:N or h200:N.",
+)
+flags.DEFINE_list(
+    "recommend", None, "Families, as in v5e,v6e, or all: tries their slices, smallest first, and names the smallest that fits."
+)
+flags.DEFINE_bool("meshes", False, "Also every data x fsdp that --topology and the batch allow, by arithmetic.")
+flags.DEFINE_integer("slices", 1, "How many such slices or nodes, joined by a network; mesh.data lies across them.")
 flags.DEFINE_string("what", "distill", f"What to plan for: {', '.join(WHAT)}.")
 flags.DEFINE_float("tokens", None, "Tokens to train on; default: those of the config's steps.")
 flags.DEFINE_integer("batch_size", DecodeConfig.batch_size, "Rows decoded at once.")
@@ -50,37 +68,78 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--tokens is {FLAGS.tokens}; expected a positive number")
     if FLAGS.what not in WHAT:
         raise UserError(f"--what is {FLAGS.what!r}; expected one of {', '.join(WHAT)}")
-    if FLAGS.topology is None:
-        raise UserError("--topology is missing; expected a slice such as v5p:2x2x1")
+    if (FLAGS.topology is None) == (FLAGS.recommend is None):
+        if FLAGS.topology is None:
+            raise UserError("--topology is missing; expected a slice such as v5p:2x2x1, or --recommend")
+        raise UserError(f"--topology is {FLAGS.topology!r} beside --recommend; expected one of them")
     spec = control.parse_controller(FLAGS.controller, FLAGS.max_draft)
     if spec.kind in (control.PLAIN, "cost_aware"):
         raise UserError(f"--controller is {FLAGS.controller!r}; expected one that drafts, and not by times measured on the machine")
     os.environ.update(ENVIRONMENT)
 
     from eesd_jax import plan, slices
-    from eesd_jax.report import table
     from eesd_jax.weights.known import find_config
 
-    where, model = slices.find_slice(FLAGS.topology, FLAGS.slices), find_config(config.model)
     shape = plan.DecodeShape(FLAGS.batch_size, FLAGS.prompt_tokens, FLAGS.max_new_tokens, FLAGS.max_draft, spec)
     tokens = FLAGS.tokens or float(config.steps * config.batch_size * config.data.sequence_length)
-    target = FLAGS.topology if FLAGS.slices == 1 else f"{FLAGS.slices} x {FLAGS.topology}"
-    columns, problems = {}, []
+    if FLAGS.recommend is None:
+        problem = show_slice(config, find_config(config.model), slices.find_slice(FLAGS.topology, FLAGS.slices), shape, tokens)
+    else:
+        families = slices.FAMILIES if FLAGS.recommend == ["all"] else tuple(FLAGS.recommend)
+        problem = show_recommendation(config, find_config(config.model), families, shape, tokens)
+    if problem:
+        print(problem, file=sys.stderr)
+        sys.exit(1)
+
+
+def show_slice(config: "ExperimentConfig", model: "ModelConfig", where: "Slice", shape: "DecodeShape", tokens: float) -> str | None:
+    """Prints what the programs need there; one line where it is too small."""
+    from eesd_jax import needs, recommend
+    from eesd_jax.plan import PLAIN, DoesNotFit
+    from eesd_jax.report import table
+
+    if FLAGS.meshes and FLAGS.what != "decode":
+        rows = [recommend.row(recommend.tried(split, where), tokens) for split in recommend.splits(config, model, where)]
+        print(table(recommend.HEADER, rows))
+        print("By arithmetic, not compiled.\n")
+    columns, problems, plain = {}, [], None
     try:
-        with cli.notice(f"compiling for {target} ..."):
-            for program in plan.compile_programs(config, model, where, shape, FLAGS.what):
-                columns[program.name] = plan.describe(program, where, tokens)
-                if problem := plan.find_problem(program, where):
-                    problems.append(problem)
-    except plan.DoesNotFit as error:
+        with cli.notice(f"compiling for {where.title} ..."):
+            for need in recommend.plan_for(config, model, where, shape, FLAGS.what):
+                columns[need.name] = needs.describe(need, where, tokens, plain)
+                plain = recommend.least_seconds(need, where) if need.name == PLAIN else plain
+                problems += filter(None, [needs.find_problem(need, where)])
+    except DoesNotFit as error:
         problems.append(str(error))
     if columns:
         rows = dict.fromkeys(row for column in columns.values() for row in column)
-        title = f"{config.model} on {target}, {len(where.devices)} chips"
+        title = f"{config.model} on {where.title}, {where.chips} chips"
         print(table((title, *columns), [(row, *(column.get(row, "") for column in columns.values())) for row in rows]))
-    if problems:
-        print(f"{target} is too small: {'; '.join(problems)}", file=sys.stderr)
-        sys.exit(1)
+        if not where.is_tpu:
+            print("By arithmetic, not compiled.")
+    return f"{where.title} is too small: {'; '.join(problems)}" if problems else None
+
+
+def show_recommendation(
+    config: "ExperimentConfig", model: "ModelConfig", families: tuple[str, ...], shape: "DecodeShape", tokens: float
+) -> str | None:
+    """Prints what was tried and the smallest slice that fits; one line where none does."""
+    from eesd_jax import recommend
+    from eesd_jax.report import table
+
+    tries = []
+    with cli.notice(f"trying slices of {', '.join(families)} ..."):
+        for tried in recommend.try_slices(config, model, families, shape, FLAGS.what, count=FLAGS.slices):
+            tries.append(tried)
+    print(table(recommend.HEADER, [recommend.row(tried, tokens) for tried in tries]))
+    if not all(tried.where.is_tpu for tried in tries):
+        print("GPUs: by arithmetic, not compiled.")
+    fitting = [tried for tried in tries if tried.problem is None]
+    if not fitting:
+        return f"no slice of {', '.join(families)} is large enough; the last one: {tries[-1].problem}"
+    best = min(fitting, key=lambda tried: tried.where.chips)
+    print(f"Smallest that fits: {best.where.title}{recommend.mesh_flags(best)}")
+    return None
 
 
 if __name__ == "__main__":

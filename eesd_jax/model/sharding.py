@@ -44,18 +44,27 @@ def make_whole_mesh(devices: Sequence[jax.Device], *, data: int, fsdp: int, tens
     A slice's devices stand together, so that only `data` crosses slices; in it a process's, so that the rows it reads follow each other.
 
     Raises:
-      UserError: another number of devices, or axes that would send too much between slices.
+      UserError: see `check_whole_mesh`.
     """
+    check_whole_mesh(len(devices), count_slices(devices), data=data, fsdp=fsdp, tensor=tensor)
+    return make_mesh(sorted(devices, key=_slice_first), data=data, fsdp=fsdp, tensor=tensor)
+
+
+def check_whole_mesh(devices: int, slices: int, *, data: int, fsdp: int, tensor: int) -> None:
+    """Raises UserError where a mesh is of another number of devices, or has axes that would send too much between slices."""
     text, size = f"mesh is data {data} x fsdp {fsdp} x tensor {tensor}", data * fsdp * tensor
-    if size != len(devices):
-        raise UserError(f"{text}, which is {size} devices; expected {len(devices)}, all that there are")
-    slices = len({_slice_of(device) for device in devices})
+    if size != devices:
+        raise UserError(f"{text}, which is {size} devices; expected {devices}, all that there are")
     if data % slices:
         raise UserError(
             f"{text} over {slices} slices; expected a multiple of {slices} for data, the only axis that may lie across slices: "
             "the others send too much for the network between them"
         )
-    return make_mesh(sorted(devices, key=_slice_first), data=data, fsdp=fsdp, tensor=tensor)
+
+
+def count_slices(devices: Sequence[jax.Device]) -> int:
+    """How many slices devices are of."""
+    return len({_slice_of(device) for device in devices})
 
 
 def _slice_of(device: jax.Device) -> int:
