@@ -13,6 +13,10 @@ A TPU pod, all workers at once (for both commands), with a folder that all of th
     RUN=".venv/bin/python train/distill.py --config=configs/llama8b.py --config.output_dir=gs://BUCKET/llama8b"
     gcloud compute tpus tpu-vm ssh NAME --zone=ZONE --worker=all --command="cd eesd-jax; $RUN"
 
+Several TPU slices, a queued resource of several nodes, which are recognised by their chips (mesh.data lies across them):
+
+    gcloud compute tpus queued-resources ssh NAME --zone=ZONE --node=all --worker=all --command="cd eesd-jax; $RUN"
+
 GPUs under SLURM, a task a GPU (for both commands):
 
     RUN="python train/distill.py --config=configs/llama8b.py --config.output_dir=/shared/llama8b"
@@ -20,7 +24,12 @@ GPUs under SLURM, a task a GPU (for both commands):
 
 Weights lie over 4 chips (mesh.fsdp); further ones take other rows (mesh.data). On fewer, set --config.mesh.fsdp.
 
-Cost: not planned for yet (docs/plan.md). Nothing has been run on a TPU or GPU.
+    slice       mesh.data x mesh.fsdp   GiB a chip      a step    hours   chip-hours
+    v5e 2x4     2 x 4                   12.1 of 16     *744 ms    0.62    5.0
+    v6e 2x4     2 x 4                   12.1 of 32     *167 ms    0.14    1.1
+    8 x H100    2 x 4                   12.1 of 80     *148 ms    0.12    1.0
+
+Least times by docs/plan.md, for 197 M tokens, from data sheets; * by arithmetic, not compiled. Nothing has been run on a TPU or GPU.
 """
 
 from ml_collections import ConfigDict
@@ -33,8 +42,8 @@ def get_config() -> ConfigDict:
     config.model = "meta-llama/Llama-3.1-8B-Instruct"
     config.output_dir = "runs/llama8b"
     config.dtype = "bfloat16"
-    config.steps = 6000
-    config.batch_size = 16
+    config.steps = 3000
+    config.batch_size = 32
     config.mesh.data = -1
     config.mesh.fsdp = 4
     config.self_generate.prompts = "self"
@@ -47,10 +56,10 @@ def get_config() -> ConfigDict:
     config.branch.draft_vocab = 16384
     config.branch.train_head = True
     config.branch.save_dtype = "bfloat16"
-    config.loss.chunk = 256
+    config.loss.chunk = 512
     config.optimizer.learning_rate = 5e-4
-    config.optimizer.warmup_steps = 200
-    config.evaluation.every = 500
+    config.optimizer.warmup_steps = 100
+    config.evaluation.every = 250
     config.evaluation.rollouts = 0
-    config.checkpoint.every = 250
+    config.checkpoint.every = 125
     return config

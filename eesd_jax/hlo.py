@@ -2,7 +2,8 @@
 
 XLA's own `cost_analysis` counts the body of a loop once, whatever its length; here it is counted as often as it runs. Matrix products alone
 count as arithmetic. Memory traffic is what instructions read and write that are not fused into others, as far as it lies in main memory; of
-an array of which a slice is used, the slice. Everything is of one chip.
+an array of which a slice is used, the slice; of a collective that runs beside several fusions, what it moves, once. Everything is of one
+chip.
 """
 
 import collections
@@ -142,7 +143,7 @@ class Module:
             callee = _callee(one, "calls")
             moved = 0.0 if fused else self._fusion_bytes(one, callee)
             return self.cost(callee, open_trips, channels) + Cost(0.0, moved, {}, 0)
-        flops, collectives = 0.0, {}
+        flops, collectives, moved = 0.0, {}, 0.0 if fused else _bytes(one, computation)
         if opcode == "dot":
             flops = _dot_flops(one, computation)
         elif opcode == "convolution":
@@ -150,7 +151,9 @@ class Module:
         elif (base := opcode.removesuffix("-start")) in _TRAFFIC and _is_new(one, channels):
             given = sum(size(computation[name].kind, everywhere=True) for name in one.operands)
             collectives = {base: given * _TRAFFIC[base](group_size(one.details))}
-        return Cost(flops, 0.0 if fused else _bytes(one, computation), collectives, 0)
+            if fused:  # the fusion itself leaves it out, as it may stand in several
+                moved = size(one.kind) + sum(size(source.kind) for source in _sources(one, computation) if source.opcode == "parameter")
+        return Cost(flops, moved, collectives, 0)
 
     def _trips(self, one: Instruction, computation: dict[str, Instruction]) -> int | None:
         """How often a loop runs: as XLA says, or as `for i in range(start, limit, step)` with constants does; None where data decide."""
@@ -186,8 +189,8 @@ class Module:
         used = size(source.kind) if source.is_root else 0.0  # what a nested fusion passes on is taken for used
         for user in inner.values():
             for place, name in enumerate(user.operands):
-                if name != source.name:
-                    continue
+                if name != source.name or _is_mark(user) or user.opcode in _TRAFFIC or (user.opcode == "tuple" and user.is_root):
+                    continue  # handed on as it lies, or counted with the collective
                 if user.opcode == "bitcast":
                     used += self._bytes_used(inner, user)
                 elif user.opcode == "fusion":
@@ -201,7 +204,7 @@ class Module:
     def _bytes_written(self, inner: dict[str, Instruction], root: Instruction) -> float:
         if root.opcode == "tuple":
             return sum(self._bytes_written(inner, inner[name]) for name in root.operands)
-        if not size(root.kind):
+        if not size(root.kind) or root.opcode == "parameter" or root.opcode in _TRAFFIC or _is_mark(root):
             return 0.0
         if root.opcode == "bitcast":
             return self._bytes_written(inner, inner[root.operands[0]])
@@ -242,6 +245,10 @@ def _is_new(one: Instruction, channels: set[str]) -> bool:
     met = channel in channels
     channels.add(channel)
     return not met
+
+
+def _sources(one: Instruction, computation: dict[str, Instruction]) -> list[Instruction]:
+    return [computation[name] for name in one.operands if name in computation]
 
 
 def _callee(one: Instruction, *roles: str) -> str:

@@ -164,6 +164,44 @@ def test_what_libtpu_writes():
     assert cost.bytes == 4 + 4 * (4 * 8 * 2 + 4 + (4 + 4 + 1))
 
 
+# An all-gather that runs beside a product, as libtpu writes it: the array that it fills goes through both fusions, which do not touch it.
+ASYNC_TEXT = """
+HloModule jit_f, is_scheduled=true
+
+%beside (p.1: bf16[4,8], p.2: bf16[16,8], p.3: bf16[32,8]) -> (bf16[32,8], bf16[4,8], bf16[16,8], bf16[16,8]) {
+  %p.1 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.2 = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(1)
+  %p.3 = bf16[32,8]{1,0:T(8,128)(2,1)} parameter(2)
+  %neg = bf16[32,8]{1,0:T(8,128)(2,1)} negate(%p.3)
+  %all-gather.1 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p.1), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %tuple.1 = (bf16[32,8]{1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0:T(8,128)(2,1)}) tuple(%neg, %p.1, %p.2, %all-gather.1)
+}
+
+%done (p.4: bf16[4,8], p.5: bf16[16,8]) -> bf16[16,8] {
+  %p.4 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.5 = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(1)
+  %all-gather.2 = bf16[16,8]{1,0:T(8,128)(2,1)} all-gather(%p.4), channel_id=3, replica_groups={{0,1,2,3}}, dimensions={0}
+  ROOT %call = bf16[16,8]{1,0:T(8,128)(2,1)} custom-call(%p.4, %p.5, %all-gather.2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (p.6: bf16[4,8], p.7: bf16[16,8], p.8: bf16[32,8]) -> bf16[16,8] {
+  %p.6 = bf16[4,8]{1,0:T(8,128)(2,1)} parameter(0)
+  %p.7 = bf16[16,8]{1,0:T(8,128)(2,1)} parameter(1)
+  %p.8 = bf16[32,8]{1,0:T(8,128)(2,1)} parameter(2)
+  %fusion.1 = (bf16[32,8]{1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0:T(8,128)(2,1)}, bf16[16,8]{1,0:T(8,128)(2,1)}) fusion(%p.6, %p.7, %p.8), kind=kOutput, calls=%beside
+  %get.1 = bf16[4,8]{1,0:T(8,128)(2,1)} get-tuple-element(%fusion.1), index=1
+  %get.2 = bf16[16,8]{1,0:T(8,128)(2,1)} get-tuple-element(%fusion.1), index=2
+  ROOT %fusion.2 = bf16[16,8]{1,0:T(8,128)(2,1)} fusion(%get.1, %get.2), kind=kCustom, calls=%done
+}
+"""  # noqa: E501
+
+
+def test_a_collective_beside_a_product_moves_its_arrays_once():
+    cost = hlo.cost(ASYNC_TEXT)
+    assert cost.collectives == {"all-gather": 3 * 4 * 8 * 2}
+    assert cost.bytes == 2 * (2 * 32 * 8) + 2 * (4 * 8 + 16 * 8)  # what is negated, read and written; a part read, and all of it written
+
+
 # What is planned is what would run ------------------------------------------------------------------------------------------------------
 
 
@@ -428,7 +466,19 @@ def test_a_recommendation(run):
     result = run("--recommend=h100,a100", "--config.batch_size=8", memory=None)
     assert (result.code, result.err) == (0, "")
     assert "Smallest that fits: h100:1, with --config.mesh.data=1 --config.mesh.fsdp=1" in result.out
-    assert "GPUs: by arithmetic, not compiled." in result.out
+    assert "GPUs: By arithmetic, not compiled." in result.out
+
+
+def test_arithmetic_needs_no_libtpu(run, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "libtpu" else find_spec(name, *rest))
+    arguments = ["--nocompile", "--what=all", "--prompt_tokens=9", "--max_new_tokens=20", "--config.batch_size=16"]
+    result = run("--topology=v5e:2x4", *arguments, memory=None)
+    assert (result.code, result.err) == (0, "")
+    assert result.out.endswith("By arithmetic, not compiled.\n")
+    result = run("--recommend=v6e", *arguments, memory=None)
+    assert (result.code, result.err) == (0, "")
+    assert "Smallest that fits: v6e:1x1" in result.out
 
 
 def test_no_slice_is_large_enough(run):

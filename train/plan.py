@@ -38,6 +38,7 @@ flags.DEFINE_list(
     "recommend", None, "Families, as in v5e,v6e, or all: tries their slices, smallest first, and names the smallest that fits."
 )
 flags.DEFINE_bool("meshes", False, "Also every data x fsdp that --topology and the batch allow, by arithmetic.")
+flags.DEFINE_bool("compile", True, "Compile for TPUs; --nocompile: by arithmetic alone, as for GPUs, in seconds and without libtpu.")
 flags.DEFINE_integer("slices", 1, "How many such slices or nodes, joined by a network; mesh.data lies across them.")
 flags.DEFINE_string("what", "distill", f"What to plan for: {', '.join(WHAT)}.")
 flags.DEFINE_float("tokens", None, "Tokens to train on; default: those of the config's steps.")
@@ -47,6 +48,7 @@ flags.DEFINE_integer("max_new_tokens", DecodeConfig.max_new_tokens, "Tokens deco
 flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens to draft in a round.")
 flags.DEFINE_string("controller", "beta", "How many tokens to draft: fixed:K, threshold:t, beta, beta:plain or calibrated.")
 FLAGS = flags.FLAGS
+BY_ARITHMETIC = "By arithmetic, not compiled."
 # Chips are only compiled for: libtpu is not to look for them, nor to say that it finds none.
 ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -94,18 +96,21 @@ def main(argv: Sequence[str]) -> None:
 
 def show_slice(config: "ExperimentConfig", model: "ModelConfig", where: "Slice", shape: "DecodeShape", tokens: float) -> str | None:
     """Prints what the programs need there; one line where it is too small."""
-    from eesd_jax import needs, recommend
+    from eesd_jax import estimates, needs, recommend
     from eesd_jax.plan import PLAIN, DoesNotFit
     from eesd_jax.report import table
+
+    compiles = where.is_tpu and FLAGS.compile
+    planner = recommend.plan_for if compiles else estimates.estimate
 
     if FLAGS.meshes and FLAGS.what != "decode":
         rows = [recommend.row(recommend.tried(split, where), tokens) for split in recommend.splits(config, model, where)]
         print(table(recommend.HEADER, rows))
-        print("By arithmetic, not compiled.\n")
+        print(f"{BY_ARITHMETIC}\n")
     columns, problems, plain = {}, [], None
     try:
-        with cli.notice(f"compiling for {where.title} ..."):
-            for need in recommend.plan_for(config, model, where, shape, FLAGS.what):
+        with cli.notice(f"{'compiling' if compiles else 'reckoning'} for {where.title} ..."):
+            for need in planner(config, model, where, shape, FLAGS.what):
                 columns[need.name] = needs.describe(need, where, tokens, plain)
                 plain = recommend.least_seconds(need, where) if need.name == PLAIN else plain
                 problems += filter(None, [needs.find_problem(need, where)])
@@ -115,8 +120,8 @@ def show_slice(config: "ExperimentConfig", model: "ModelConfig", where: "Slice",
         rows = dict.fromkeys(row for column in columns.values() for row in column)
         title = f"{config.model} on {where.title}, {where.chips} chips"
         print(table((title, *columns), [(row, *(column.get(row, "") for column in columns.values())) for row in rows]))
-        if not where.is_tpu:
-            print("By arithmetic, not compiled.")
+        if not compiles:
+            print(BY_ARITHMETIC)
     return f"{where.title} is too small: {'; '.join(problems)}" if problems else None
 
 
@@ -124,16 +129,19 @@ def show_recommendation(
     config: "ExperimentConfig", model: "ModelConfig", families: tuple[str, ...], shape: "DecodeShape", tokens: float
 ) -> str | None:
     """Prints what was tried and the smallest slice that fits; one line where none does."""
-    from eesd_jax import recommend
+    from eesd_jax import estimates, recommend
     from eesd_jax.report import table
 
+    planner = recommend.plan_for if FLAGS.compile else estimates.estimate
     tries = []
     with cli.notice(f"trying slices of {', '.join(families)} ..."):
-        for tried in recommend.try_slices(config, model, families, shape, FLAGS.what, count=FLAGS.slices):
+        for tried in recommend.try_slices(config, model, families, shape, FLAGS.what, count=FLAGS.slices, planner=planner):
             tries.append(tried)
     print(table(recommend.HEADER, [recommend.row(tried, tokens) for tried in tries]))
-    if not all(tried.where.is_tpu for tried in tries):
-        print("GPUs: by arithmetic, not compiled.")
+    if not FLAGS.compile:
+        print(BY_ARITHMETIC)
+    elif not all(tried.where.is_tpu for tried in tries):
+        print(f"GPUs: {BY_ARITHMETIC}")
     fitting = [tried for tried in tries if tried.problem is None]
     if not fitting:
         return f"no slice of {', '.join(families)} is large enough; the last one: {tries[-1].problem}"
