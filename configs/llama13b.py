@@ -23,11 +23,11 @@ GPUs under SLURM, a task a GPU (for both commands):
     srun --nodes=2 --ntasks-per-node=8 --gpus-per-node=8 $RUN
 
 Weights lie over 4 chips (mesh.fsdp); further ones take other rows (mesh.data). On fewer, set --config.mesh.fsdp. With 32 rows gathering
-weights takes less time than the arithmetic on each of these:
+weights takes less time than the arithmetic on each of these (v6e waits for its memory):
 
     slice       mesh.data x mesh.fsdp   GiB a chip      a step    hours   chip-hours
     v5e 4x4     4 x 4                   12.0 of 16      617 ms    0.51    8.2
-    v6e 2x4     2 x 4                   15.3 of 32     *265 ms    0.22    1.8
+    v6e 2x4     2 x 4                   14.8 of 32      348 ms    0.29    2.3
     v5p 2x2x1   1 x 4                   21.3 of 95    *1059 ms    0.88    3.5
     8 x H100    2 x 4                   15.3 of 80     *246 ms    0.20    1.6
 
