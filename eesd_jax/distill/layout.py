@@ -41,7 +41,7 @@ class Layout(NamedTuple):
 
 
 def mesh_sizes(config: ExperimentConfig, devices: int, slices: int) -> dict[str, int]:
-    """The mesh that the config asks for over devices in so many slices, by axis; raises UserError where it does not match, nor the batch."""
+    """The mesh that the config asks for over devices in so many slices; raises UserError where it, or the batch, does not match."""
     wanted = {name: getattr(config.mesh, name) for name in sharding.MESH_AXES}
     open_axes = [name for name, size in wanted.items() if size == -1]
     fixed = math.prod(size for size in wanted.values() if size != -1)
