@@ -11,12 +11,14 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from eesd_jax.hlo import Cost
 from eesd_jax.model import llama
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
+from eesd_jax.model.quantized import Quantized
 
 
 class Decoding(NamedTuple):
@@ -38,7 +40,8 @@ def elements_of_a_chip(leaf: jax.ShapeDtypeStruct) -> int:
 
 def bytes_of_a_chip(tree: Any) -> int:
     """Bytes of arrays that lie on one chip, without padding."""
-    return sum(elements_of_a_chip(leaf) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    # Two codes of 4 bits share a byte of a device; NumPy, which gives the item size, gives each its own.
+    return sum(elements_of_a_chip(leaf) * (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)) // 8
 
 
 def prefill(decoding: Decoding, length: int, passes: int) -> Cost:
@@ -78,6 +81,7 @@ def _pass(decoding: Decoding, weights: Any, caches: Any, length: int) -> Cost:
     """`length` tokens of every row times all matrices among the weights, and their queries times the caches."""
     tokens = decoding.rows * length
     queries = length * decoding.model.num_heads // decoding.model.num_kv_heads  # that each entry of a cache meets
-    matrices = [leaf for leaf in jax.tree.leaves(weights) if leaf.ndim == 2]
+    stored = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, Quantized))
+    matrices = [leaf.codes if isinstance(leaf, Quantized) else leaf for leaf in stored if len(leaf.shape) == 2]
     products = tokens * sum(map(elements_of_a_chip, matrices)) + queries * sum(map(elements_of_a_chip, jax.tree.leaves(caches)))
     return Cost(2.0 * products, bytes_of_a_chip((weights, caches)), {}, 0)

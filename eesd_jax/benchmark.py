@@ -190,7 +190,7 @@ def find_divergences(engine: Engine, prompts: Sequence[Sequence[int]], runs: dic
             logits = next_logits(engine, [*prompt, *plain.token_ids[:position]])
             second, best = np.sort(logits)[-2:]
             tied = None not in tokens and all(best - logits[token] < EXCUSED_GAP for token in tokens)
-            excused = bool(tied) and engine.model.params["embed"].dtype == jnp.float32
+            excused = bool(tied) and engine.model.params["final_norm"].dtype == jnp.float32
             found.append(Divergence(name, run.category, ours.id, run.turn, position, float(best - second), excused))
     return found
 
@@ -250,9 +250,9 @@ def describe_machine(engine: Engine) -> dict[str, Any]:
     devices = jax.devices()
     return {
         "device": devices[0].device_kind,
-        "devices": len(engine.model.params["embed"].devices()),
+        "devices": len(engine.model.params["final_norm"].devices()),
         "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
-        "dtype": str(engine.model.params["embed"].dtype),
+        "dtype": str(engine.model.params["final_norm"].dtype),
     }

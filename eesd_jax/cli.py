@@ -21,7 +21,18 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from eesd_jax import control
-from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DecodeConfig, DraftConfig, MeshConfig, ProcessesConfig, SamplingConfig
+from eesd_jax.config import (
+    ARMS,
+    DEFAULT_CONTROLLER,
+    NOT_QUANTIZED,
+    QUANTIZATIONS,
+    DecodeConfig,
+    DraftConfig,
+    MeshConfig,
+    ProcessesConfig,
+    SamplingConfig,
+    check_quantize,
+)
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
@@ -39,9 +50,14 @@ flags.disclaim_key_flags()  # flags defined here belong to the command that aske
 
 
 def define_model_flags() -> None:
-    """--model, --dtype, --mesh, and what drafts."""
+    """--model, --dtype, --quantize, --mesh, and what drafts."""
     flags.DEFINE_string("model", hub.DEMO_NAME, "demo (built in), a Hugging Face folder, a GGUF file, or a hub id.")
     flags.DEFINE_string("dtype", None, "float32 or bfloat16; default: float32 on CPU, bfloat16 elsewhere.")
+    flags.DEFINE_string(
+        "quantize",
+        NOT_QUANTIZED,
+        f"Bits of the model's matrices: {', '.join(QUANTIZATIONS)} (as they are); answers are then those of the quantised model.",
+    )
     flags.DEFINE_string(
         "exit_branch",
         "auto",
@@ -154,6 +170,7 @@ def check_generation_flags() -> None:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= 1")
     if FLAGS.controller is not None:
         check_controller(FLAGS.controller, "--controller")
+    check_quantize(FLAGS.quantize, "--quantize")
     mesh_sizes()
     if "" in FLAGS.stop:
         raise UserError("--stop is ''; expected some text")
@@ -212,6 +229,7 @@ def load_from_flags() -> "Engine":
             max_draft=FLAGS.max_draft,
             arms=FLAGS.arms,
             ngrams=FLAGS.ngrams,
+            quantize=FLAGS.quantize,
         )
     if FLAGS.chat and not engine.has_chat_template:
         raise UserError(f"--chat is given, but model {FLAGS.model!r} has no chat template; expected --nochat (plain text) or a chat model")

@@ -79,6 +79,16 @@ class DraftConfig:
         return (*(width for width in self.verify_widths if width <= self.max_draft), self.max_draft + 1)
 
 
+NOT_QUANTIZED = "none"
+QUANTIZATIONS = (NOT_QUANTIZED, "int8", "int4")  # of the target's weights; see `model/quantized.py`
+
+
+def check_quantize(value: str, what: str = "quantize") -> None:
+    """Raises UserError for a quantisation that there is not; `what` is the name of the setting."""
+    if value not in QUANTIZATIONS:
+        raise UserError(f"{what} is {value!r}; expected one of {', '.join(QUANTIZATIONS)}")
+
+
 ARMS = ("exit", "lookup")  # what can draft: the exit branch, and lookup in the text so far
 LONGEST_MATCH = 3
 # Wherever there is anything to draft with.
@@ -333,6 +343,7 @@ class ExperimentConfig:
     """One experiment: a file in `configs/` (see `eesd_jax/experiment.py`).
 
     model: as for --model. dtype: of the trunk; empty for float32 on CPU and bfloat16 elsewhere. The branch is trained in float32.
+    quantize: of the trunk's matrices: none, int8 or int4; text is then written, and the branch made, for the quantised target.
     batch_size: rows of a step, over all devices and accumulated parts.
     """
 
@@ -340,6 +351,7 @@ class ExperimentConfig:
     output_dir: str = ""
     seed: int = 0
     dtype: str = ""
+    quantize: str = NOT_QUANTIZED
     steps: int = 1000
     batch_size: int = 8
     mesh: MeshConfig = MeshConfig()
@@ -351,3 +363,6 @@ class ExperimentConfig:
     cache: CacheConfig = CacheConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def __post_init__(self):
+        check_quantize(self.quantize)

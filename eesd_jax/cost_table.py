@@ -115,7 +115,7 @@ def _shape(engine: "Engine", batch: int) -> str:
 
     device, model, drafter = jax.devices()[0], engine.model, engine.drafter
     longest_text = min(PROMPT_TOKENS + _budget(engine), model.config.context_length) + drafter.draft.max_draft + 1
-    mesh = sharding.mesh_of(engine.params["embed"])
+    mesh = sharding.mesh_of(engine.params["final_norm"])
     weights = jax.tree.map(lambda leaf: (leaf.shape, str(leaf.dtype)), (engine.params, engine.branch))
     return repr(
         (

@@ -19,7 +19,17 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax import control, cost_table
-from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, LONGEST_MATCH, ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
+from eesd_jax.config import (
+    ARMS,
+    DEFAULT_CONTROLLER,
+    LONGEST_MATCH,
+    NOT_QUANTIZED,
+    ControllerConfig,
+    DecodeConfig,
+    DraftConfig,
+    SamplingConfig,
+    check_quantize,
+)
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.decode.ngrams import ORDER
@@ -89,6 +99,7 @@ def load(
     max_draft: int = DraftConfig.max_draft,
     arms: Sequence[str] = ARMS,
     ngrams: str = "auto",
+    quantize: str = NOT_QUANTIZED,
 ) -> "Engine":
     """Loads a model and its exit branch, ready to generate.
 
@@ -103,6 +114,8 @@ def load(
       arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none.
       ngrams: the file of n-grams that lookup goes on with where the text has nothing (train/ngrams.py); `none`; or `auto`: the one that
         this package carries for the model, if there is one.
+      quantize: int8 or int4: the matrices of the target in so many bits (`model/quantized.py`). That is another model: what is generated,
+        speculatively or not, is the quantised model's text. `none`: as in the file.
 
     Raises:
       UserError: the model or the branch cannot be found or used; the message says why.
@@ -110,6 +123,7 @@ def load(
     use_compilation_cache()
     if max_draft < 1:
         raise UserError(f"max_draft is {max_draft}; expected an integer >= 1")
+    check_quantize(quantize)
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
@@ -127,7 +141,7 @@ def load(
     table = None
     if longest_match and ngrams != "none" and (file := ngram_file.shipped_ngrams(model) if ngrams == "auto" else ngrams):
         table = ngram_file.load_ngrams(file)
-    target = load_model(model, jnp.dtype(dtype), mesh)
+    target = load_model(model, jnp.dtype(dtype), mesh, quantize)
     if table is not None:
         ngram_file.check_ngrams(table, target.config.vocab_size)
     draft = DraftConfig(0, max_draft, longest_match=longest_match)
@@ -405,7 +419,7 @@ class Engine:
 
     @property
     def _mesh(self) -> Mesh | None:
-        return sharding.mesh_of(self.model.params["embed"])
+        return sharding.mesh_of(self.model.params["final_norm"])
 
     @property
     def _row_shares(self) -> int:

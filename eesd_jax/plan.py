@@ -19,7 +19,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax import arithmetic, control, engine, hlo
 from eesd_jax.arithmetic import Decoding
-from eesd_jax.config import BranchConfig, ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig
+from eesd_jax.config import NOT_QUANTIZED, BranchConfig, ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig
 from eesd_jax.control import ControllerSpec
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.decode.sampling import Sampling
@@ -29,8 +29,9 @@ from eesd_jax.distill.data import Batch
 from eesd_jax.distill.layout import Layout, make_layout
 from eesd_jax.distill.loss import TopTokens
 from eesd_jax.model import cache as kv
-from eesd_jax.model import cpu_calls, exit_branch, llama, sharding
+from eesd_jax.model import cpu_calls, exit_branch, llama, quantized, sharding
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.quantized import Quantized
 
 DISTILL, PREFILL, PLAIN, ROUND = "distill step", "prefill", "plain step", "EESD round"
 
@@ -73,9 +74,15 @@ def _placed(shape: Any, home: Any, dtype: jnp.dtype | None = None) -> Any:
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=at), shape, home)
 
 
-def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh) -> llama.Params:
+def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, quantize: str = NOT_QUANTIZED) -> llama.Params:
     """The target's weights as `load_model` would place them."""
-    return _placed(nn.meta.unbox(sharding.abstract_params(config)), sharding.param_shardings(config, mesh), dtype)
+
+    def of(kind: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | Quantized:
+        return jax.ShapeDtypeStruct(leaf.shape, dtype) if kind == NOT_QUANTIZED else quantized.shapes(leaf.shape, kind)
+
+    abstract = nn.meta.unbox(sharding.abstract_params(config))
+    shapes = jax.tree.map(of, quantized.kinds(abstract, quantize), abstract)
+    return _placed(shapes, sharding.param_shardings(config, mesh, quantize))
 
 
 def _abstract_branch(config: ModelConfig, settings: BranchConfig, dtype: jnp.dtype, mesh: Mesh) -> exit_branch.ExitBranch:
@@ -114,7 +121,7 @@ def training(config: ExperimentConfig, model: ModelConfig, layout: Layout) -> Tr
     """What the trainer gives its step, over a mesh that may be one of no devices (`jax.sharding.AbstractMesh`)."""
     mesh, dtype, rows, length = layout.mesh, jnp.dtype(config.dtype or "bfloat16"), config.batch_size, config.data.sequence_length
     step_config = step.StepConfig.of(config, model, layout)
-    params = abstract_params(model, dtype, mesh)
+    params = abstract_params(model, dtype, mesh, config.quantize)
     branch = _abstract_branch(model, config.branch, dtype, mesh)
     trunk = _abstract_trunk(model, params, config.branch.exit_layer)
     state = _abstract_state(step_config, branch, mesh, train_head=config.branch.train_head)
@@ -129,9 +136,11 @@ def training(config: ExperimentConfig, model: ModelConfig, layout: Layout) -> Tr
         hidden, kept = of_rows(length, model.hidden_size, dtype=config.cache.dtype), (length, config.cache.top_tokens)
         top = TopTokens(of_rows(*kept), of_rows(*kept, dtype=jnp.float32))
         features = teacher.Features(hidden, hidden if config.loss.regression or config.branch.deep_input else None, top)
-    tied, whole = model.tie_embeddings, branch.draft_ids.size == model.vocab_size
+    tied = model.tie_embeddings
+    # The branch's head is then the target's own, which it is not where that is quantised.
+    shared = branch.draft_ids.size == model.vocab_size and config.quantize == NOT_QUANTIZED
     held = {
-        "weights": (trunk._replace(head=None) if tied else trunk, None if whole else branch.head, branch.draft_ids),
+        "weights": (trunk._replace(head=None) if tied else trunk, None if shared else branch.head, branch.draft_ids),
         "trained branch": state.trained,
         "optimizer state": (state.step, state.optimizer),
         "batch": (batch, features),
@@ -209,7 +218,7 @@ def decoding(config: ExperimentConfig, model: ModelConfig, mesh: Mesh | Abstract
         empty = jax.eval_shape(functools.partial(kv.empty, model, shape.batch, found.capacity, dtype, blocks))
         return _placed(empty, jax.tree.map(lambda _: home, empty))
 
-    params = abstract_params(model, dtype, mesh)
+    params = abstract_params(model, dtype, mesh, config.quantize)
     branch = _abstract_branch(model, config.branch, dtype, mesh)
     return Decoding(model, params, branch, caches(model.num_layers), caches(1), shape.batch, config.branch.exit_layer)
 

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from eesd_jax import cli, control
-from eesd_jax.config import DEFAULT_CONTROLLER
+from eesd_jax.config import DEFAULT_CONTROLLER, NOT_QUANTIZED
 from eesd_jax.errors import UserError
 from eesd_jax.journal import Journal
 from eesd_jax.prompts import Conversation, read_prompts
@@ -102,9 +102,10 @@ def flag_settings(names: Sequence[str], conversations: Sequence[Conversation]) -
 
 
 def model_name() -> str:
-    """The model's name, without the folders of this machine."""
+    """The model's name, without the folders of this machine, and how it is quantised."""
     path = os.path.expanduser(FLAGS.model)
-    return os.path.basename(os.path.abspath(path)) if os.path.exists(path) else FLAGS.model
+    name = os.path.basename(os.path.abspath(path)) if os.path.exists(path) else FLAGS.model
+    return name if FLAGS.quantize == NOT_QUANTIZED else f"{name} ({FLAGS.quantize})"
 
 
 def write(folder: pathlib.Path, results: dict[str, Any], journal: Journal) -> None:

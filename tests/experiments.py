@@ -79,7 +79,7 @@ def prepare(config: ExperimentConfig, layout: Layout | None = None) -> trainer.R
     """A run that has loaded everything, but done nothing."""
     layout = layout or one_device()
     with cpu_calls.on_mesh(layout.mesh.size > 1):
-        model = load_model(config.model, jnp.dtype("float32"), layout.mesh)
+        model = load_model(config.model, jnp.dtype("float32"), layout.mesh, config.quantize)
         return trainer.Run(config, epath.Path(config.output_dir), layout, model)
 
 

@@ -1,6 +1,7 @@
 """One step of training: the same on every mesh and in parts, and what it sees of packed rows is what decoding sees."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from eesd_jax.distill import data, step, teacher, trainer
 from eesd_jax.distill.layout import make_layout
 from eesd_jax.errors import UserError
 from eesd_jax.model import cache as kv
-from eesd_jax.model import cpu_calls, exit_branch, llama, sharding
+from eesd_jax.model import cpu_calls, exit_branch, llama, quantized, sharding
 
 MESHES = {"data 8": (8, 1, 1), "data 4, fsdp 2": (4, 2, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 MORE_MESHES = {"data 4, tensor 2": (4, 1, 2), "fsdp 2, tensor 4": (1, 2, 4), "fsdp 8": (1, 8, 1), "tensor 8": (1, 1, 8)}
@@ -98,6 +99,32 @@ def test_data_alone_lies_across_slices(mixed, alone, monkeypatch):
 def test_accumulated_parts_are_the_whole_batch(mixed, alone, parts):
     config = dataclasses.replace(mixed, optimizer=dataclasses.replace(mixed.optimizer, accumulate=parts))
     assert_same_step(one_step(prepare(config)), alone)
+
+
+# A quantised trunk ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_quantised_trunk_teaches_what_its_numbers_would(dataset, tmp_path):
+    config = make_config(dataset, tmp_path, quantize="int4")
+    run, dense = prepare(config), prepare(dataclasses.replace(config, quantize="none"))
+    numbers = functools.partial(jax.tree.map, functools.partial(quantized.to_dense, dtype=jnp.float32), is_leaf=is_quantized)
+    assert is_quantized(run.frozen.trunk.early["wq"])
+    assert not np.array_equal(numbers(run.frozen.trunk.early["wq"]), dense.frozen.trunk.early["wq"])
+    dense.frozen, dense.initial = numbers(run.frozen), jax.tree.map(jnp.copy, run.initial)
+    wanted = one_step(dense)
+    assert_same_step(one_step(run), wanted)
+    assert wanted[1].loss > 0
+
+
+def is_quantized(leaf: Any) -> bool:
+    return isinstance(leaf, quantized.Quantized)
+
+
+@pytest.mark.slow
+def test_a_quantised_trunk_on_a_mesh_is_that_of_one_device(dataset, tmp_path):
+    config = make_config(dataset, tmp_path, quantize="int4", batch_size=8)
+    many = dataclasses.replace(config, mesh=MeshConfig(data=2, fsdp=2, tensor=2))
+    assert_same_step(one_step(prepare(many, make_layout(many))), one_step(prepare(config)))
 
 
 # Packed rows ------------------------------------------------------------------------------------------------------------------------------

@@ -73,7 +73,7 @@ def prefill(
     """
     batch, padded = prompt_BxP.shape
     early, late = range(exit_layer), range(exit_layer, config.num_layers)
-    dtype = params["embed"].dtype
+    dtype = params["final_norm"].dtype
     exit_cache, no_deep = empty_exits(config, branch, batch, capacity, dtype)
 
     def run(tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None, deep: _Deep) -> _Run:

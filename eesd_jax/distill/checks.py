@@ -7,7 +7,7 @@ import jax
 from etils import epath
 
 from eesd_jax import experiment
-from eesd_jax.config import ExperimentConfig
+from eesd_jax.config import NOT_QUANTIZED, ExperimentConfig
 from eesd_jax.errors import UserError
 from eesd_jax.model import exit_branch
 from eesd_jax.model.config import ModelConfig
@@ -86,4 +86,7 @@ def comparable(config: ExperimentConfig) -> dict[str, Any]:
             else:
                 yield path, value
 
-    return dict(flatten(experiment.to_dict(config), ""))
+    fields = dict(flatten(experiment.to_dict(config), ""))
+    if config.quantize == NOT_QUANTIZED:
+        del fields["quantize"]  # so that runs that were begun before there was this field go on
+    return fields

@@ -85,7 +85,7 @@ class Evaluation(NamedTuple):
         prompts = [example.prompt[-longest:].tolist() for example in examples if example.prompt.size]
         if not prompts:
             return {}
-        branch = step.to_branch(trained, self.frozen, self.frozen.trunk.embed.dtype)
+        branch = step.to_branch(trained, self.frozen, self.frozen.trunk.final_norm.dtype)
         draft = DraftConfig(self.config.branch.exit_layer, evaluation.rollout_draft, verify_widths=())
         model = LoadedModel(model_config, teacher.join_trunk(model_config, self.frozen.trunk), self.tokenizer, self.eos_ids)
         engine = Engine(model, DecodeConfig(chunk=evaluation.rollout_tokens), Drafter(branch, draft, Calibration(), trained=True))

@@ -104,7 +104,7 @@ def _empty(static: _Static, rows: int, params: llama.Params, branch: ExitBranch 
     """Rows without text, `rows` on each device: finished before they began."""
 
     def build() -> _Rows:
-        dtype, capacity = params["embed"].dtype, static.capacity
+        dtype, capacity = params["final_norm"].dtype, static.capacity
         ones = jnp.ones(rows, jnp.int32)
         keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
         tokens = jnp.zeros((rows, capacity), jnp.int32)
@@ -208,7 +208,7 @@ class Refiller:
         self._model_config = model.config
         everywhere, own = NamedSharding(mesh, _SHARED), NamedSharding(mesh, _OWN)
         self._own, self._everywhere = own, everywhere
-        self._params = jax.device_put(model.params, sharding.param_shardings(model.config, mesh))
+        self._params = jax.device_put(model.params, sharding.param_shardings(model.config, mesh, model.quantize))
         self._controller = controller
         drafter = engine.drafter if controller is not None else None
         self._draft = drafter.draft if drafter else None

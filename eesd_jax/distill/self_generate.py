@@ -25,7 +25,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from eesd_jax import control, conversations, engine
-from eesd_jax.config import DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
+from eesd_jax.config import NOT_QUANTIZED, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
 from eesd_jax.distill import examples, prompt_source
 from eesd_jax.distill.refill import Refiller, Request, local_mesh
 from eesd_jax.distill.response_journal import Journal, check_same, check_settings_file
@@ -198,7 +198,10 @@ def describe_settings(config: ExperimentConfig, prompts: Sequence[Conversation] 
     """All that responses depend on, as JSON has it; prompts as in `Run`."""
     ours = {name: value for name, value in dataclasses.asdict(config.self_generate).items() if name not in _NOT_TEXT}
     kind = prompt_source.SELF if prompts is None else prompt_source.fingerprint(prompts)
-    return json.loads(json.dumps({"format_version": FORMAT_VERSION, "model": config.model, "dtype": config.dtype, "prompts": kind} | ours))
+    target = {"model": config.model, "dtype": config.dtype}
+    if config.quantize != NOT_QUANTIZED:  # so that responses that were begun before there was this field go on
+        target["quantize"] = config.quantize
+    return json.loads(json.dumps({"format_version": FORMAT_VERSION, "prompts": kind} | target | ours))
 
 
 def _dataset_settings(folder: epath.Path, config: ExperimentConfig) -> dict[str, Any]:
@@ -263,7 +266,7 @@ class Run:
             "tokenizer_hash": examples.tokenizer_hash(model.tokenizer),
             "vocab_size": model.config.vocab_size,
             "eos_ids": list(model.eos_ids),
-            "dtype": str(model.params["embed"].dtype),
+            "dtype": str(model.params["final_norm"].dtype),
         }
         if ours.exit_branch != "none":
             self.target["exit_branch_fingerprint"] = fingerprint(self._engine.drafter.branch._asdict())
@@ -419,6 +422,6 @@ class Run:
 def _load(config: ExperimentConfig, mesh: Mesh) -> Engine:
     ours = config.self_generate
     options = {"dtype": config.dtype or None, "decode_config": DecodeConfig(seed=ours.seed), "exit_branch": ours.exit_branch}
-    options["ngrams"] = "none"  # which come of what is written here
+    options |= {"quantize": config.quantize, "ngrams": "none"}  # which come of what is written here
     # A mesh of one device is no mesh: the programs are then the very ones that infer/generate.py compiles.
     return engine.load(config.model, mesh=mesh if mesh.size > 1 else None, **options)

@@ -170,7 +170,7 @@ def compute_features(config: StepConfig, trunk: Trunk, batch: Batch) -> Features
 
 def total_loss(config: StepConfig, trained: Trained, frozen: Frozen, features: Features, batch: Batch) -> losses.Totals:
     """Sums over the positions that count. The branch comes first: it alone is differentiated."""
-    dtype = frozen.trunk.embed.dtype
+    dtype = frozen.trunk.final_norm.dtype
     branch = to_branch(trained, frozen, dtype)
     hidden, last = (None if x is None else x.astype(dtype) for x in (features.hidden, features.last))
     deep = None if branch.fusion is None else last
@@ -269,7 +269,7 @@ def evaluate(
     """Held-out sums, and what a calibration is fitted to."""
     features = compute_features(config, frozen.trunk, batch) if features is None else features
     totals = total_loss(config, trained, frozen, features, batch)
-    dtype = frozen.trunk.embed.dtype
+    dtype = frozen.trunk.final_norm.dtype
     branch = to_branch(trained, frozen, dtype)
     deep = None if branch.fusion is None else features.last.astype(dtype)
     student = branch_output(config.model, branch, features.hidden.astype(dtype), deep, batch)

@@ -20,8 +20,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama
+from eesd_jax.model import llama, quantized
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.quantized import Quantized
 
 _TOP_GROUP = 128
 _SECONDS_TO_FLUSH = 60  # the most that a kill costs of a cache
@@ -31,14 +32,14 @@ class Trunk(NamedTuple):
     """The target's weights, with blocks stacked for `scan_blocks`.
 
     embed: [V, D]. early, late: blocks 1..N and N+1..L, leaves with a leading layers axis; none before an exit at 0. final_norm: [D].
-    head: [V, D] (tied: `embed`).
+    head: [V, D] (tied: `embed`). Matrices may be quantised.
     """
 
-    embed: jax.Array
+    embed: jax.Array | Quantized
     early: llama.Params
     late: llama.Params
     final_norm: jax.Array
-    head: jax.Array
+    head: jax.Array | Quantized
 
 
 class Features(NamedTuple):
@@ -56,15 +57,15 @@ class Features(NamedTuple):
 def split_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) -> Trunk:
     """Stacks the blocks, weight by weight, and deletes what was stacked: the peak is the model and its largest stacked weight."""
 
-    def stack(blocks: tuple[llama.Params, ...]) -> llama.Params:
-        stacked = {}
-        for name in blocks[0] if blocks else ():
-            leaves = [block[name] for block in blocks]
-            home = stacked_home(leaves[0].sharding)
-            stacked[name] = jax.jit(_stack, out_shardings=home)(leaves).block_until_ready()
-            for leaf in leaves:
-                leaf.delete()
+    def stack_leaf(*leaves: jax.Array) -> jax.Array:
+        home = stacked_home(leaves[0].sharding)
+        stacked = jax.jit(_stack, out_shardings=home)(leaves).block_until_ready()
+        for leaf in leaves:
+            leaf.delete()
         return stacked
+
+    def stack(blocks: tuple[llama.Params, ...]) -> llama.Params:
+        return jax.tree.map(stack_leaf, *blocks) if blocks else {}
 
     head = params["embed"] if config.tie_embeddings else params["lm_head"]
     blocks = params["blocks"]
@@ -76,7 +77,7 @@ def stacked_home(home: Sharding) -> Sharding:
     return NamedSharding(home.mesh, PartitionSpec(None, *home.spec)) if isinstance(home, NamedSharding) else home
 
 
-def _stack(leaves: list[jax.Array]) -> jax.Array:
+def _stack(leaves: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack(leaves)
 
 
@@ -109,7 +110,7 @@ def hidden_states(
         row on every chip, and sums whole activations over the chips after each product.
     """
     mask = attention_mask(batch.segments)
-    x = trunk.embed[batch.tokens]
+    x = quantized.take_rows(trunk.embed, batch.tokens, trunk.final_norm.dtype)
     if rows_home is not None:
         x = jax.lax.with_sharding_constraint(x, rows_home)
     exit_layer = _depth(trunk.early)

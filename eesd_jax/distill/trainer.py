@@ -67,7 +67,7 @@ def train(config: ExperimentConfig) -> Result:
         raise UserError(f"dataset {dataset!r}: no such folder; expected what train/self_generate.py writes, or a JSONL file of chats")
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     with cpu_calls.on_mesh(layout.mesh.size > 1):
-        return Run(config, output, layout, load_model(config.model, jnp.dtype(dtype), layout.mesh)).train()
+        return Run(config, output, layout, load_model(config.model, jnp.dtype(dtype), layout.mesh, config.quantize)).train()
 
 
 def _finished(config: ExperimentConfig, output: epath.Path, exported: epath.Path) -> Result:
@@ -123,7 +123,7 @@ class Run:
         )
         chip = find_chip(jax.devices()[0].device_kind)
         self.peak_flops = chip.flops * jax.device_count() if chip else None
-        dtype = model.params["embed"].dtype.name
+        dtype = model.params["final_norm"].dtype.name
         # From here on the blocks are stacked; the model's own are gone.
         trunk = teacher.split_trunk(model.config, model.params, config.branch.exit_layer)
         self.frozen = step.Frozen(trunk, branch.head, branch.draft_ids)

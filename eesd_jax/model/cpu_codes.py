@@ -17,6 +17,7 @@ from llvmlite import ir
 from eesd_jax.model import cpu_calls, cpu_rows
 from eesd_jax.model.cpu_calls import BYTES, F32, FLOATS, I32, I64
 from eesd_jax.model.cpu_rows import BLOCK_OUTPUTS
+from eesd_jax.model.quantized import Quantized
 
 TARGET = "eesd_jax_rows_by_codes"
 GROUP = 32
@@ -59,6 +60,21 @@ def numbers(codes: Codes) -> jax.Array:
     """What codes of 8 bits stand for, float32 [O, I]."""
     groups = codes.codes.reshape(*codes.scale.shape, GROUP) * codes.scale[..., None]
     return groups.reshape(codes.codes.shape)
+
+
+def of_quantized(weight: Quantized) -> Codes | None:
+    """The codes of a quantised weight in groups of 32, or None where its inputs are not so many whole groups.
+
+    The numbers that they stand for are the weight's own, to the bit: scales of 4-bit codes have few enough digits for that.
+    """
+    outputs, inputs = weight.shape
+    if inputs % GROUP:
+        return None
+    scale = jnp.repeat(weight.scale.astype(jnp.float32), inputs // GROUP // weight.scale.shape[1], axis=1)
+    if weight.codes.dtype == jnp.int8:
+        return Codes(weight.codes, scale, None)
+    halves = (weight.codes.astype(jnp.int8) + 8).astype(jnp.uint8).reshape(outputs, -1, 2, GROUP // 2)
+    return Codes((halves[:, :, 0] | halves[:, :, 1] << 4).reshape(outputs, -1), scale, -8 * scale)
 
 
 def concatenate(parts: Sequence[Codes]) -> Codes:

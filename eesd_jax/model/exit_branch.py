@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_codes, cpu_tiles, llama, rope, sharding
+from eesd_jax.model import cpu_codes, cpu_tiles, llama, quantized, rope, sharding
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
@@ -74,7 +74,7 @@ def init_exit_branch(
     *,
     deep_input: bool = False,
 ) -> ExitBranch:
-    """A branch made from the target's own weights.
+    """A branch made from the target's own weights; it is never quantised itself, as it is to learn.
 
     Args:
       params: of the target.
@@ -90,17 +90,20 @@ def init_exit_branch(
     check_exit_layer(config, exit_layer, deep_input=deep_input)
     if start not in STARTS:
         raise UserError(f"start of the exit branch is {start!r}; expected one of {', '.join(STARTS)}")
-    block = dict(params["blocks"][-1 if start == "last" else exit_layer])
+    dtype = params["final_norm"].dtype
+    of_target = params["blocks"][-1 if start == "last" else exit_layer]
+    block = {name: quantized.to_dense(weight, dtype) for name, weight in of_target.items()}
     if start == "zero":
         block |= {name: jnp.zeros_like(block[name]) for name in ("wo", "bo", "w_down", "b_down") if name in block}
     draft_ids = np.arange(config.vocab_size) if draft_ids is None else np.asarray(draft_ids)
     check_draft_ids(config, draft_ids)
     head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
-    head = head_VxD if draft_ids.size == config.vocab_size else head_VxD[draft_ids]
+    whole = draft_ids.size == config.vocab_size
+    head = quantized.to_dense(head_VxD, dtype) if whole else quantized.take_rows(head_VxD, draft_ids, dtype)
     fusion = None
     if deep_input:
         both = np.tile(np.eye(config.hidden_size), 2)
-        fusion = Fusion(jnp.ones_like(params["final_norm"]), jnp.asarray(both, params["final_norm"].dtype))
+        fusion = Fusion(jnp.ones_like(params["final_norm"]), jnp.asarray(both, dtype))
     return ExitBranch(block, params["final_norm"], head, jnp.asarray(draft_ids, jnp.int32), fusion)
 
 

@@ -7,8 +7,9 @@ files, so that loading changes nothing.
 Axes: B batch, T tokens of this pass, S cache capacity, N query heads, K key/value heads, G = N/K, H head dim, D hidden, F mlp,
 V vocabulary.
 
-Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": [V, D] (absent when tied)}. Those that decode may carry
-the same weights once more, as the codes of their file (`with_codes`).
+Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": [V, D] (absent when tied)}. A matrix may be `Quantized`;
+the dtype of the arithmetic is that of the norms. Params that decode may carry the same weights once more, as the codes of their file
+(`with_codes`).
 """
 
 import itertools
@@ -20,11 +21,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows, cpu_tiles, rope
+from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows, cpu_tiles, quantized, rope
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.cpu_tiles import Tiles
+from eesd_jax.model.quantized import Quantized
 
 Params = dict[str, Any]
 
@@ -42,12 +44,14 @@ def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array
     return jnp.einsum(formula, x, y, precision=_precision(x.dtype), **kwargs)
 
 
-def linear(x: jax.Array, weight_OxI: jax.Array, codes: Codes | Tiles | None = None, **kwargs: Any) -> jax.Array:
+def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Tiles | None = None, **kwargs: Any) -> jax.Array:
     """X [B, T, I] times a weight stored as [out, in]: [B, T, O]. Its codes, if given, are read in its place where that is faster."""
     rows = x.reshape(-1, x.shape[-1])
     if _reads_codes(rows.shape[0], codes):
         by_codes = cpu_tiles.rows_by_tiles if isinstance(codes, Tiles) else cpu_codes.rows_by_codes
         return by_codes(rows, codes).reshape(*x.shape[:-1], -1)
+    if isinstance(weight_OxI, Quantized):
+        return _linear_quantized(x, weight_OxI, **kwargs)
     if cpu_rows.usable(rows.shape[0], weight_OxI):
         return cpu_rows.rows_by_matrix(rows, weight_OxI).reshape(*x.shape[:-1], -1)
     if rows.shape[0] == 1 and cpu_calls.possible() and weight_OxI.shape[0] % _CPU_SPLITS == 0:
@@ -56,6 +60,15 @@ def linear(x: jax.Array, weight_OxI: jax.Array, codes: Codes | Tiles | None = No
         repeated_CxRxI = jnp.broadcast_to(rows, (_CPU_SPLITS, *rows.shape))
         return einsum("cri,coi->cro", repeated_CxRxI, split_CxOxI, **kwargs).reshape(*x.shape[:-1], -1)
     return einsum("ri,oi->ro", rows, weight_OxI, **kwargs).reshape(*x.shape[:-1], -1)
+
+
+def _linear_quantized(x: jax.Array, weight_OxI: Quantized, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
+    dtype = preferred_element_type or x.dtype
+    weight, x = quantized.keep_in_loop(weight_OxI, x)
+    if weight.scale.shape[-1] > 1:
+        return linear(x, quantized.to_dense(weight, x.dtype), preferred_element_type=dtype)
+    product = linear(x, weight.codes.astype(x.dtype), preferred_element_type=jnp.float32)
+    return (product * weight.scale[:, 0].astype(jnp.float32)).astype(dtype)
 
 
 def _reads_codes(rows: int, codes: Codes | Tiles | None) -> bool:
@@ -215,8 +228,8 @@ def causal_mask(length: int) -> jax.Array:
 
 
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
-    """Token embeddings [B, T, D] in the parameters' dtype."""
-    return params["embed"][tokens_BxT]
+    """Token embeddings [B, T, D] in the dtype of the arithmetic."""
+    return quantized.take_rows(params["embed"], tokens_BxT, params["final_norm"].dtype)
 
 
 def forward_blocks(

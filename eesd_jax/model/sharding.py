@@ -11,9 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama
+from eesd_jax.model import llama, quantized
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.quantized import Quantized
 
 MESH_AXES = ("data", "fsdp", "tensor")
 LOGICAL_AXIS_RULES = (
@@ -96,7 +98,7 @@ def abstract_params(config: ModelConfig) -> llama.Params:
     return jax.eval_shape(lambda key: llama.init(config, key), jax.random.key(0))
 
 
-def param_shardings(config: ModelConfig, mesh: Mesh) -> llama.Params:
+def param_shardings(config: ModelConfig, mesh: Mesh, quantize: str = NOT_QUANTIZED) -> llama.Params:
     """`NamedSharding` of every weight, in the structure of the (unboxed) params. An axis that does not divide evenly is not split."""
     abstract = abstract_params(config)
     shardings = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract), mesh, LOGICAL_AXIS_RULES)
@@ -105,4 +107,10 @@ def param_shardings(config: ModelConfig, mesh: Mesh) -> llama.Params:
         axes = (axis if axis and size % mesh.shape[axis] == 0 else None for size, axis in zip(leaf.shape, sharding.spec, strict=True))
         return NamedSharding(mesh, PartitionSpec(*axes))
 
-    return jax.tree.map(fit, nn.meta.unbox(abstract), shardings)
+    def split(kind: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding | Quantized:
+        if kind == NOT_QUANTIZED:
+            return fit(leaf, sharding)
+        return Quantized(*(fit(array, sharding) for array in quantized.shapes(leaf.shape, kind)))
+
+    abstract = nn.meta.unbox(abstract)
+    return jax.tree.map(split, quantized.kinds(abstract, quantize), abstract, shardings)

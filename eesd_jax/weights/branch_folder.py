@@ -225,7 +225,7 @@ class BranchFolder:
             placements = exit_branch.exit_branch_shardings(config, info.draft_vocab_size, mesh, deep_input=deep_input)
 
         def place(name: str, placement: jax.sharding.Sharding) -> jax.Array:
-            data = draft_ids if name == names.draft_ids else self._read(name).astype(params["embed"].dtype, copy=False)
+            data = draft_ids if name == names.draft_ids else self._read(name).astype(params["final_norm"].dtype, copy=False)
             return jax.make_array_from_callback(data.shape, placement, data.__getitem__)
 
         branch = jax.tree.map(place, names, placements)

@@ -5,6 +5,7 @@ Weights are read one tensor at a time and placed at once with their sharding, so
 
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -14,12 +15,15 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from transformers import PreTrainedTokenizerBase
 
+from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_calls, cpu_tiles, llama, sharding
+from eesd_jax.model import cpu_calls, cpu_codes, cpu_tiles, llama, quantized, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.cpu_tiles import Tiles
+from eesd_jax.model.quantized import Quantized
 from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
+from eesd_jax.weights import quantize as quantizing
 
 # Our name -> Hugging Face name. Every tensor is stored with just our shape.
 _TOP_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
@@ -77,7 +81,8 @@ class LoadedModel(NamedTuple):
     """Everything that generation needs of a model.
 
     config, tokenizer, eos_ids: as in `ModelText`. params: as in `model/llama.py`.
-    codes: of those weights that their file stores as such, for `llama.with_codes`; None where nothing would be gained by them.
+    codes: of those weights that are stored as such, for `llama.with_codes`; None where nothing would be gained by them.
+    quantize: how the matrices of blocks are quantised; one of `config.QUANTIZATIONS`.
     """
 
     config: ModelConfig
@@ -85,25 +90,31 @@ class LoadedModel(NamedTuple):
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
     codes: dict[str, Any] | None = None
+    quantize: str = NOT_QUANTIZED
 
 
-def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None) -> LoadedModel:
+def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None, quantize: str = NOT_QUANTIZED) -> LoadedModel:
     """Finds, reads and places a model.
 
     Args:
       name: `demo`, a Hugging Face folder, a GGUF file, a hub id, or `tiny` (random, for trials).
       dtype: float32 or bfloat16, of the params and of the arithmetic.
       mesh: where the params go (see `model/sharding.py`); None for the default device.
+      quantize: one of `config.QUANTIZATIONS`; weights that are quantised in their file already are quantised anew.
 
     Raises:
       UserError: anything about the name or the files that cannot be used.
     """
     text, source = _open(name)
-    params = load_params(text.config, source, dtype, mesh)
+    params = load_params(text.config, source, dtype, mesh, quantize)
+    codes = None
     # In other arithmetic codes would not stand for the very weights.
-    coded = isinstance(source, gguf.GGUFSource) and mesh is None and dtype == jnp.float32 and cpu_calls.possible()
-    codes = load_codes(text.config, source) if coded else None
-    return LoadedModel(text.config, params, text.tokenizer, text.eos_ids, codes)
+    if mesh is None and dtype == jnp.float32 and cpu_calls.possible():
+        if quantize != NOT_QUANTIZED:
+            codes = quantized_codes(text.config, params)
+        elif isinstance(source, gguf.GGUFSource):
+            codes = load_codes(text.config, source)
+    return LoadedModel(text.config, params, text.tokenizer, text.eos_ids, codes, quantize)
 
 
 def load_text(name: str) -> ModelText:
@@ -143,8 +154,10 @@ def _folder_eos_ids(folder: pathlib.Path, hf_config: dict) -> list[int]:
     return [token for ids in found if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
 
 
-def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mesh: Mesh | None = None) -> llama.Params:
-    """Reads every weight that the model needs and places it.
+def load_params(
+    config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mesh: Mesh | None = None, quantize: str = NOT_QUANTIZED
+) -> llama.Params:
+    """Reads every weight that the model needs, quantises it if that is asked for, and places it.
 
     Raises:
       UserError: names tensors that are missing, of another shape, or not expected.
@@ -152,13 +165,17 @@ def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mes
     abstract = nn.meta.unbox(sharding.abstract_params(config))
     names = _source_names(abstract)
     _check_tensors(config, abstract, names, source)
+    kinds = quantized.kinds(abstract, quantize)
     if mesh is None:
-        placements = jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(jax.local_devices()[0]), abstract)
+        home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        placements = jax.tree.map(lambda kind: home if kind == NOT_QUANTIZED else Quantized(home, home), kinds)
     else:
-        placements = sharding.param_shardings(config, mesh)
+        placements = sharding.param_shardings(config, mesh, quantize)
 
-    def load(name: str, placement: jax.sharding.Sharding) -> jax.Array:
+    def load(name: str, kind: str, placement: jax.sharding.Sharding | Quantized) -> jax.Array | Quantized:
         tensor, parts = source.read(name), {}
+        if kind != NOT_QUANTIZED:
+            return quantizing.place(source.shapes[name], tensor.__getitem__, kind, placement)
 
         def part(index: tuple[slice, ...]) -> np.ndarray:
             if (key := str(index)) not in parts:  # several devices may hold the same
@@ -171,7 +188,7 @@ def load_params(config: ModelConfig, source: TensorSource, dtype: jnp.dtype, mes
         array = jax.make_array_from_callback(shape, read_as, part)
         return (array if read_as == placement else _move(array, placement)).block_until_ready()
 
-    return jax.tree.map(load, names, placements)
+    return jax.tree.map(load, names, kinds, placements)
 
 
 def _by_rows(placement: jax.sharding.Sharding, shape: tuple[int, ...]) -> jax.sharding.Sharding:
@@ -204,12 +221,29 @@ def load_codes(config: ModelConfig, source: gguf.GGUFSource) -> dict[str, Any]:
         found = {ours: source.codes(name) for ours, name in names.items()}
         return {ours: jax.tree.map(jnp.asarray, codes) for ours, codes in found.items() if codes is not None}
 
-    def arrange(codes: dict[str, Codes]) -> dict[str, Codes | Tiles]:
-        return {ours: cpu_tiles.from_codes(of_weight) for ours, of_weight in codes.items()}
-
     names = _source_names(nn.meta.unbox(sharding.abstract_params(config)))
     head = {"head": names["embed" if config.tie_embeddings else "lm_head"]}
-    return arrange(read(head)) | {"blocks": tuple(arrange(llama.join_codes(read(block))) for block in names["blocks"])}
+    return _arrange(read(head), (read(block) for block in names["blocks"]))
+
+
+def quantized_codes(config: ModelConfig, params: llama.Params) -> dict[str, Any]:
+    """As `load_codes`, of quantised params."""
+
+    def codes(weights: dict[str, jax.Array | Quantized]) -> dict[str, Codes]:
+        found = {name: cpu_codes.of_quantized(weight) for name, weight in weights.items() if isinstance(weight, Quantized)}
+        return {name: codes for name, codes in found.items() if codes is not None}
+
+    head = {"head": params["embed" if config.tie_embeddings else "lm_head"]}
+    return _arrange(codes(head), map(codes, params["blocks"]))
+
+
+def _arrange(head: dict[str, Codes], blocks: Iterable[dict[str, Codes]]) -> dict[str, Any]:
+    """Codes as this processor takes them, those of a block that belong together joined."""
+
+    def arrange(codes: dict[str, Codes]) -> dict[str, Codes | Tiles]:
+        return {name: cpu_tiles.from_codes(of_weight) for name, of_weight in codes.items()}
+
+    return arrange(head) | {"blocks": tuple(arrange(llama.join_codes(block)) for block in blocks)}
 
 
 def _source_names(abstract: llama.Params) -> llama.Params:

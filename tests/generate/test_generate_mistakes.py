@@ -41,6 +41,7 @@ from eesd_jax.engine import Engine
             ["--compare", "--exit_branch=auto", "--controller=plain"],
             ["--compare is given with --controller=plain", "expected a controller"],
         ),
+        (["--quantize=int3"], ["--quantize is 'int3'", "expected one of none, int8, int4"]),
         (["--mesh=tensor"], ["--mesh is 'tensor'", "expected AXIS:SIZE", "tensor:4"]),
         (["--mesh=tensor:0"], ["--mesh is 'tensor:0'", "expected AXIS:SIZE"]),
         (["--mesh=tensor:2,tensor:2"], ["--mesh is 'tensor:2,tensor:2'", "at most once"]),
