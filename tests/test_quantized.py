@@ -81,6 +81,8 @@ def test_products_are_those_of_the_numbers(kind):
     dense = quantized.to_dense(weight, jnp.dtype("float32"))
     product = llama.linear(x, weight)
     np.testing.assert_allclose(product, llama.linear(x, dense), rtol=1e-5, atol=1e-5)
+    many = jnp.tile(x, (10, 10, 1))  # so many that the matrix is made first
+    np.testing.assert_allclose(llama.linear(many, weight), llama.linear(many, dense), rtol=1e-5, atol=1e-5)
     in_16_bits = llama.linear(x.astype(jnp.bfloat16), weight, preferred_element_type=jnp.float32)
     assert in_16_bits.dtype == jnp.float32
     assert np.abs(in_16_bits - product).max() < 0.02 * np.abs(product).max()

@@ -31,6 +31,8 @@ from eesd_jax.model.quantized import Quantized
 Params = dict[str, Any]
 
 _CPU_SPLITS = 2
+# Rows, one for every group of inputs, up to which a product costs less than to write out the weight: the arithmetic of reading it once.
+_MOST_GROUP_ROWS = 256
 _CODES, _HEAD_CODES = "codes", "head_codes"
 
 
@@ -65,10 +67,13 @@ def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Tiles
 def _linear_quantized(x: jax.Array, weight_OxI: Quantized, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
     dtype = preferred_element_type or x.dtype
     weight, x = quantized.keep_in_loop(weight_OxI, x)
-    if weight.scale.shape[-1] > 1:
+    rows, groups = math.prod(x.shape[:-1]), weight.scale.shape[-1]
+    # On a mesh devices would send each other the products of all groups, where groups are split.
+    if groups > 1 and (rows * groups > _MOST_GROUP_ROWS or cpu_calls.on_mesh.value):
         return linear(x, quantized.to_dense(weight, x.dtype), preferred_element_type=dtype)
-    product = linear(x, weight.codes.astype(x.dtype), preferred_element_type=jnp.float32)
-    return (product * weight.scale[:, 0].astype(jnp.float32)).astype(dtype)
+    parts = quantized.split_by_group(x, groups)  # [B, T, G, I]
+    product = linear(parts, weight.codes.astype(x.dtype), preferred_element_type=jnp.float32)  # [B, T, G, O]
+    return jnp.sum(product * weight.scale.T.astype(jnp.float32), axis=-2).astype(dtype)
 
 
 def _reads_codes(rows: int, codes: Codes | Tiles | None) -> bool:

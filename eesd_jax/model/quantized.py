@@ -1,9 +1,10 @@
 """Weights in few bits: integer codes with scales in place of a matrix, multiplied as floats (weight-only quantisation).
 
 A number is `code * scale`. With `int8` every output has one scale, which is applied to the product: what is multiplied are the codes
-themselves, exact in bfloat16, too. With `int4` every group of inputs of an output has one (as in GPTQ, Frantar et al. 2023), and the
-numbers are made before the product, which XLA fuses into it on GPU and TPU. Tables of the vocabulary (embedding and LM head) are `int8`
-in both. Activations, caches, norms and biases stay as they are. What makes codes of a weight is `weights/quantize.py`.
+themselves, exact in bfloat16, too. With `int4` every group of inputs of an output has one (as in GPTQ, Frantar et al. 2023). A few rows
+are multiplied by such codes group by group, and then by the scales; for more the matrix is made first, which XLA writes out. Tables of the
+vocabulary (embedding and LM head) are `int8` in both. Activations, caches, norms and biases stay as they are. What makes codes of a weight
+is `weights/quantize.py`.
 
 Axes: O outputs, I inputs, G groups of inputs that share a scale, V vocabulary, D hidden.
 """
@@ -76,7 +77,9 @@ def to_dense(weight: jax.Array | Quantized, dtype: jnp.dtype) -> jax.Array:
     if not isinstance(weight, Quantized):
         return weight
     codes, scale = weight
-    groups = codes.reshape(*scale.shape, -1).astype(jnp.float32) * scale[..., None].astype(jnp.float32)  # [..., O, G, I / G]
+    # 4-bit codes for bfloat16 are multiplied in it, which rounds once, too: XLA may write out what comes of it.
+    wide = jnp.promote_types(dtype, scale.dtype)
+    groups = codes.reshape(*scale.shape, -1).astype(wide) * scale[..., None].astype(wide)  # [..., O, G, I / G]
     return groups.reshape(codes.shape).astype(dtype)
 
 
@@ -85,6 +88,13 @@ def take_rows(table_VxD: jax.Array | Quantized, ids: jax.Array, dtype: jnp.dtype
     if not isinstance(table_VxD, Quantized):
         return table_VxD[ids]
     return to_dense(Quantized(table_VxD.codes[ids], table_VxD.scale[ids]), dtype)
+
+
+def split_by_group(x: jax.Array, groups: int) -> jax.Array:
+    """[..., I] to [..., G, I]: a row for every group of inputs, the others 0 in it; its product with codes is one of that group alone."""
+    inputs = x.shape[-1]
+    own_GxI = jnp.arange(inputs) // (inputs // groups) == jnp.arange(groups)[:, None]
+    return jnp.where(own_GxI, x[..., None, :], 0)
 
 
 def keep_in_loop(weight: Quantized, x: jax.Array) -> tuple[Quantized, jax.Array]:
