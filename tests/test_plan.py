@@ -356,20 +356,21 @@ def fake_planner(fits: dict[str, bool], asked: list[tuple[str, MeshConfig]]) -> 
 
 def test_the_smallest_slice_that_fits(tmp_path):
     """Smallest first, each family until one fits; what cannot fit is not compiled for, nor what no mesh divides."""
-    config = dataclasses.replace(small(tmp_path), model="70B", dtype="bfloat16", mesh=MeshConfig(-1, 1, 1), batch_size=16)
-    model, asked = known.find_config("meta-llama/Llama-3.1-70B-Instruct"), []
-    tried = list(recommend.try_slices(config, model, ("v5e", "v5p"), decode_shape(), "distill", planner=fake_planner({}, asked)))
-    verdicts = {one.where.name: one.problem for one in tried}
-    assert "not compiled" in verdicts["v5e:1x1"]
-    assert verdicts["v5e:4x4"] is None
-    assert verdicts["v5p:2x2x1"] is None
-    assert [name for name, _ in asked] == ["v5p:2x2x1", "v5e:4x4"]
-    assert "v5e:4x8" not in verdicts
-    assert [one.where.chips for one in tried] == sorted(one.where.chips for one in tried)
-    # Rows that 16 chips do not divide.
-    config = dataclasses.replace(config, batch_size=8)
-    tried = list(recommend.try_slices(config, model, ("v5e",), decode_shape(), "distill", planner=fake_planner({}, asked)))
-    assert "batch of 8 rows" in tried[-1].problem
+    config = dataclasses.replace(small(tmp_path), dtype="bfloat16", mesh=MeshConfig(-1, 1, 1), batch_size=8)
+    model, asked = known.find_config("meta-llama/Llama-2-13b-chat-hf"), []
+
+    def tried(families: tuple[str, ...], fits: dict[str, bool]) -> dict[str, str | None]:
+        planner = fake_planner(fits, asked)
+        found = list(recommend.try_slices(config, model, families, decode_shape(), "distill", planner=planner))
+        assert [one.where.chips for one in found] == sorted(one.where.chips for one in found)
+        return {one.where.name: one.problem for one in found}
+
+    verdicts = tried(("v5e", "v5p"), {})
+    assert "not compiled" in verdicts.pop("v5e:1x1")
+    assert verdicts == {"v5e:2x2": None, "v5p:2x2x1": None}
+    assert {name for name, _ in asked} == set(verdicts)
+    verdicts = tried(("v5e",), dict.fromkeys(slices.offered("v5e"), False))
+    assert "batch of 8 rows" in verdicts["v5e:4x4"]
 
 
 def test_where_the_compiler_disagrees_the_smallest_mesh_is_tried(tmp_path):
@@ -505,7 +506,7 @@ def test_what_does_not_fit(run):
         ([], ["--topology is missing"]),
         (["--topology=v5e:2x2", "--recommend=v5e"], ["'v5e:2x2'", "--recommend"]),
         (["--recommend=v5e,v9"], ["'v9'", "v5e"]),
-        (["--topology=h100:8", "--slices=2", "--config.mesh.fsdp=16"], ["fsdp 16", "multiple of 2"]),
+        (["--topology=h100:8", "--slices=2", "--config.mesh.fsdp=16", "--config.batch_size=16"], ["fsdp 16", "multiple of 2"]),
         (["--topology=v5e:2x2", "--slices=0"], ["--slices is 0"]),
         (["--topology=v5e:2x2", "--max_draft=0"], ["--max_draft is 0"]),
         (["--topology=v5e:2x2", "--controller=cost_aware"], ["'cost_aware'", "expected"]),
