@@ -28,7 +28,7 @@ weights takes less time than the arithmetic on each of these (v6e waits for its 
     slice       mesh.data x mesh.fsdp   GiB a chip      a step    hours   chip-hours
     v5e 4x4     4 x 4                   12.0 of 16      617 ms    0.51    8.2
     v6e 2x4     2 x 4                   14.8 of 32      348 ms    0.29    2.3
-    v5p 2x2x1   1 x 4                   21.3 of 95    *1059 ms    0.88    3.5
+    v5p 2x2x1   1 x 4                   21.8 of 95     1059 ms    0.88    3.5
     8 x H100    2 x 4                   15.3 of 80     *246 ms    0.20    1.6
 
 Least times by docs/plan.md, for 197 M tokens, from data sheets; * by arithmetic, not compiled. Nothing has been run on a TPU or GPU.
