@@ -5,8 +5,8 @@ python infer/generate.py --prompt="Why is the sky blue?" --compare        # with
 python infer/generate.py --model=meta-llama/Llama-3.2-1B-Instruct --prompts=questions.jsonl --output=answers.jsonl --batch_size=8
 python infer/generate.py                                  # a chat with the built-in model
 
-A model that fits no single host: start the command on every host, with --mesh over all their devices. TPU pods and SLURM are recognised,
-elsewhere --coordinator_address, --num_processes and --process_id say who is who. Process 0 prints and writes.
+A model that fits no single host: start the command on every host, with --mesh over all their devices. TPU pods and SLURM are
+recognised, elsewhere --coordinator_address, --num_processes and --process_id say who is who. Process 0 prints and writes.
 """
 
 import contextlib

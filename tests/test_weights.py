@@ -9,10 +9,10 @@ import subprocess
 import sys
 import weakref
 
+import commands
 import gguf
 import jax
 import jax.numpy as jnp
-import loading
 import numpy as np
 import pytest
 import tiny
@@ -231,7 +231,6 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
 @pytest.mark.parametrize("sizes", [{"fsdp": 4}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=str)
 def test_a_process_reads_whole_rows_and_no_more_than_its_share(tmp_path, sizes, monkeypatch):
     """Each of four in turn, as `benchmarks/loading.py` has them: of columns it would read nearly every page of the file."""
-    loading.write_sparse(tmp_path, tiny.hf_config())
     asked, get = [], StoredTensor.__getitem__
 
     def watch(tensor: StoredTensor, index: tuple[slice, ...]) -> np.ndarray:
@@ -240,7 +239,9 @@ def test_a_process_reads_whole_rows_and_no_more_than_its_share(tmp_path, sizes, 
         return values
 
     monkeypatch.setattr(StoredTensor, "__getitem__", watch)
-    found = [loading.load_as(process, 4, tmp_path, sizes)[0] for process in range(4)]
+    with commands.loaded("benchmarks/loading.py") as loading:
+        loading.write_sparse(tmp_path, tiny.hf_config())
+        found = [loading.load_as(process, 4, tmp_path, sizes)[0] for process in range(4)]
     for index, shape in asked:
         assert all((part.start or 0, part.stop or size) == (0, size) for part, size in zip(index[1:], shape[1:], strict=True))
     tensors = SafetensorsSource(tmp_path).shapes
