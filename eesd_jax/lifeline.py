@@ -59,6 +59,11 @@ class Lifeline:
         self._send(0, {"token": token, "process": self._process})
         _in_background(self._hear, 0, line.makefile("r", encoding="utf-8"))
 
+    def wait_for(self, others: set[int]) -> None:
+        """Process 0's part, behind `listen`: until those that have connected are known here, too."""
+        while not others <= self._lines.keys():
+            time.sleep(0.01)
+
     def leave(self) -> None:
         """Says that this process has nothing more to do, so that nobody wonders about its end."""
         for other in list(self._lines):

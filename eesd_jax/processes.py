@@ -108,13 +108,18 @@ def _start_lifeline(host: str) -> None:
     names = [f"process {i} ({other})" for i, other in enumerate(exchange(host))]
     line = Lifeline(state.process_id, names, LifelineConfig())
     port, token = from_first(line.listen)
-    if state.process_id:
+    connected = not is_first()
+    if connected:
         try:
             line.connect(state.coordinator_address.rpartition(":")[0].strip("[]"), port, token)
         except OSError as error:
             warnings.warn(f"{names[0]} cannot be reached at port {port} ({error}); a lost process will show late", stacklevel=2)
-            return
-    _lifeline = line
+            connected = False
+    all_connected = {process for process, found in enumerate(exchange(connected)) if found}
+    if is_first():
+        line.wait_for(all_connected)
+    if is_first() or connected:
+        _lifeline = line
 
 
 def exchange(value: Any) -> list[Any]:

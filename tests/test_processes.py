@@ -139,8 +139,8 @@ def test_a_folder_that_process_0_cannot_write_to(together, tmp_path):
 # Who has ended ----------------------------------------------------------------------------------------------------------------------------
 
 
-class Ended(BaseException):
-    """In place of the end of a process."""
+class Ended(SystemExit):
+    """In place of the end of a process; it ends a thread without a word."""
 
 
 class Recorded(Lifeline):
@@ -160,15 +160,13 @@ class Recorded(Lifeline):
 
 
 @pytest.fixture
-def lines(monkeypatch):
+def lines():
     """Three processes that are connected."""
-    monkeypatch.setattr(threading, "excepthook", lambda arguments: None)
     made = [Recorded(i, 3) for i in range(3)]
     port, token = made[0].listen()
     for line in made[1:]:
         line.connect("localhost", port, token)
-    while len(made[0]._lines) < 2:
-        pass
+    made[0].wait_for({1, 2})
     return made
 
 
