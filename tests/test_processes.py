@@ -6,7 +6,6 @@ In one process; `test_generate_processes.py` and `test_distill_processes.py` sta
 import pathlib
 import re
 import threading
-from typing import NoReturn
 
 import pytest
 from etils import epath
@@ -139,8 +138,8 @@ def test_a_folder_that_process_0_cannot_write_to(together, tmp_path):
 # Who has ended ----------------------------------------------------------------------------------------------------------------------------
 
 
-class Ended(SystemExit):
-    """In place of the end of a process; it ends a thread without a word."""
+class Ended(BaseException):
+    """In place of the end of a process, by its main thread."""
 
 
 class Recorded(Lifeline):
@@ -151,12 +150,13 @@ class Recorded(Lifeline):
         self.code = None
         self.end = threading.Event()
 
-    def _exit(self, code: int) -> NoReturn:
+    def _exit(self, code: int) -> None:
         self.code = code
         self.end.set()
         for line in self._lines.values():
             line.close()
-        raise Ended
+        if threading.current_thread() is threading.main_thread():
+            raise Ended
 
 
 @pytest.fixture
