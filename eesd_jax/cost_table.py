@@ -60,7 +60,7 @@ def round_costs(engine: "Engine", batch: int) -> RoundCosts:
 
 def _agreed(costs: RoundCosts | None, engine: "Engine") -> RoundCosts | None:
     """Those of process 0, where several decode together: by their own they would choose other lengths, and wait for each other for ever."""
-    mesh = sharding.mesh_of(engine.params["embed"])
+    mesh = sharding.mesh_of(engine.params["final_norm"])
     if mesh is None or not mesh.is_multi_process:
         return costs
     values = processes.exchange(costs)[0]

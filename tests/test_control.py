@@ -121,7 +121,7 @@ def folder(tmp_path, monkeypatch):
 def fake_engine(dtype=jnp.float32, draft=DraftConfig(1, 2, ()), options=DecodeConfig(), head=(320, 32), **model) -> types.SimpleNamespace:
     """As much of an engine as a cost file's name needs."""
     config = tiny.config(**{"max_position_embeddings": 4096, **model})
-    params = {"embed": jnp.zeros((4, 4), dtype)}
+    params = {"embed": jnp.zeros((4, 4), dtype), "final_norm": jnp.zeros(4, dtype)}
     return types.SimpleNamespace(
         model=types.SimpleNamespace(config=config),
         decode_config=options,
