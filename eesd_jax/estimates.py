@@ -127,7 +127,7 @@ def estimate_decode(config: ExperimentConfig, model: ModelConfig, where: Slice, 
 
 def _pass_bytes(on: Decoding, width: int, capacity: int, chips: int) -> int:
     """Activations of one block of a pass."""
-    model, size = on.model, on.params["embed"].dtype.itemsize
+    model, size = on.model, on.params["final_norm"].dtype.itemsize
     scores = on.rows * math.ceil(model.num_heads / chips) * width * (capacity + width) * (4 + 4 + size)
     return scores + on.rows * width * size * (4 * model.hidden_size + 3 * model.intermediate_size // chips)
 
@@ -136,7 +136,7 @@ def _decode_traffic(on: Decoding, name: str, run: plan.Run, found: plan.Shapes, 
     """Two sums of activations a block, and the logits."""
     if chips == 1:
         return {}
-    model, size = on.model, on.params["embed"].dtype.itemsize
+    model, size = on.model, on.params["final_norm"].dtype.itemsize
     tokens = on.rows * found.padded if name == PREFILL else run.tokens
     blocks, logits = model.num_layers * tokens, 0 if name == PREFILL else tokens * model.vocab_size
     if name == ROUND:

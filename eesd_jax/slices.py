@@ -81,7 +81,7 @@ def find_devices(where: Slice) -> Sequence[jax.Device]:
     """
     _, sizes = parse_topology(where.name)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"topology {where.name!r} is compiled for by libtpu, which is not installed; expected pip install libtpu")
+        raise UserError(f"topology {where.name!r} is compiled for by libtpu, which is not installed; expected pip install 'jax[tpu]'")
     options: dict[str, Any] = {"num_slices": where.count} if where.count > 1 else {}
     if where.name.startswith("v4"):
         options["chip_config_name"] = "megacore"  # one device a chip, as it runs

@@ -5,7 +5,7 @@ python train/plan.py --config=configs/llama8b.py --topology=v6e:1x1 --what=decod
 python train/plan.py --config=configs/llama13b.py --recommend=v5e,v6e
 python train/plan.py --config=configs/llama70b.py --topology=h100:8 --slices=2 --config.mesh.fsdp=8
 
-Needs the libtpu wheel (pip install libtpu), and neither weights nor a network for the models in configs/. Times are a bound: nothing on a
+Needs libtpu (pip install "jax[tpu]"), and neither weights nor a network for the models in configs/. Times are a bound: nothing on a
 chip waits for anything else. For GPUs there is no compiler at hand: what is said of them is arithmetic, and marked so. Exit code 1 if a
 program needs more memory than a chip has.
 """
