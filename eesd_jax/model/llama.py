@@ -12,6 +12,7 @@ the dtype of the arithmetic is that of the norms. Params that decode may carry t
 (`with_codes`).
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -31,6 +32,7 @@ from eesd_jax.model.quantized import Quantized
 Params = dict[str, Any]
 
 _CPU_SPLITS = 2
+_READ_AT_LEAST = 1024  # slots of a cache
 # Rows, one for every group of inputs, up to which a product costs less than to write out the weight: the arithmetic of reading it once.
 _MOST_GROUP_ROWS = 256
 _CODES, _HEAD_CODES = "codes", "head_codes"
@@ -141,17 +143,27 @@ def attention(
         rows = weights.astype(new_v.dtype).reshape(batch, kv_heads, -1, length)
         out = einsum("bkrs,bksh->bkrh", rows, new_v, preferred_element_type=jnp.float32).reshape(q.shape)
     else:
-        slot_S = jnp.arange(cached_k.shape[3])
-        visible = (slot_S < start_B[:, None])[:, None]  # [B, 1, S]
-        if window is not None:
-            position_BxT = start_B[:, None] + offset_T
-            visible = visible & (position_BxT[:, :, None] - slot_S < window)  # [B, T, S]
-        new_scores, old_scores = scores(new_k, mask), scores(cached_k, visible[:, None, None])
-        peak = jnp.maximum(jnp.max(new_scores, axis=-1, keepdims=True), jnp.max(old_scores, axis=-1, keepdims=True))
-        new_weights, old_weights = jnp.exp(new_scores - peak), jnp.exp(old_scores - peak)
-        total = jnp.sum(new_weights, axis=-1, keepdims=True) + jnp.sum(old_weights, axis=-1, keepdims=True)
-        out = einsum("bkgts,bksh->bkgth", old_weights.astype(cached_v.dtype), cached_v, preferred_element_type=jnp.float32)
-        out += einsum("bkgts,bksh->bkgth", new_weights.astype(new_v.dtype), new_v, preferred_element_type=jnp.float32)
+
+        def over(size: int) -> tuple[jax.Array, jax.Array]:
+            """With the first `size` slots of the cache: the sum of values, and of weights."""
+            k, v = cached_k[..., :size], cached_v[:, :, :size]
+            slot_S = jnp.arange(k.shape[3])
+            visible = (slot_S < start_B[:, None])[:, None]  # [B, 1, S]
+            if window is not None:
+                position_BxT = start_B[:, None] + offset_T
+                visible = visible & (position_BxT[:, :, None] - slot_S < window)  # [B, T, S]
+            new_scores, old_scores = scores(new_k, mask), scores(k, visible[:, None, None])
+            peak = jnp.maximum(jnp.max(new_scores, axis=-1, keepdims=True), jnp.max(old_scores, axis=-1, keepdims=True))
+            new_weights, old_weights = jnp.exp(new_scores - peak), jnp.exp(old_scores - peak)
+            total = jnp.sum(new_weights, axis=-1, keepdims=True) + jnp.sum(old_weights, axis=-1, keepdims=True)
+            out = einsum("bkgts,bksh->bkgth", old_weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+            out += einsum("bkgts,bksh->bkgth", new_weights.astype(new_v.dtype), new_v, preferred_element_type=jnp.float32)
+            return out, total
+
+        # Masks hide what is not valid, but it would be read: of a long cache no more than the longest row needs, in a few steps of size.
+        sizes = _sizes_to_read(cached_k.shape[3])
+        choice = jnp.searchsorted(jnp.array(sizes), jnp.max(start_B))
+        out, total = jax.lax.switch(choice, [functools.partial(over, size) for size in sizes])
     out = (out / total).astype(q_BxTxNxH.dtype)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
@@ -225,6 +237,14 @@ class Block(nn.Module):
         if c.mlp_bias:
             out += self._weight("b_down", zeros, **embed)
         return x + out, k, v
+
+
+def _sizes_to_read(capacity: int) -> tuple[int, ...]:
+    """Of a cache with that many slots: how many are read at once, one of these; each costs compile time."""
+    sizes = [capacity]
+    while sizes[0] > _READ_AT_LEAST:
+        sizes.insert(0, -(-sizes[0] // 2))
+    return tuple(sizes)
 
 
 def causal_mask(length: int) -> jax.Array:
