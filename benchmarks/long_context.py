@@ -1,6 +1,7 @@
 """What a step of plain decoding costs with little text in a long cache, beside the same text in a short one.
 
     python benchmarks/long_context.py
+    python benchmarks/long_context.py --nokernels
     python benchmarks/long_context.py --model=FILE.gguf --dtype=bfloat16 --capacities=1024,8192,32768
 
 Masks hide what is not valid, so results never depend on the room behind the text; time should not either. In float32 on a CPU attention is
@@ -10,6 +11,7 @@ a kernel that reads the valid part alone; elsewhere XLA's, over the least of a f
 import statistics
 import time
 from collections.abc import Sequence
+from unittest import mock
 
 from absl import flags
 
@@ -18,7 +20,8 @@ from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("model", "demo", "As for infer/generate.py.")
-flags.DEFINE_list("dtype", ["float32", "bfloat16"], "Of weights and arithmetic; all of these are measured.")
+flags.DEFINE_list("dtype", ["float32"], "Of weights and arithmetic; all of these are measured.")
+flags.DEFINE_bool("kernels", True, "On a CPU this project's own; without them attention is XLA's, as on accelerators.")
 flags.DEFINE_list("capacities", ["1024", "2048", "8192"], "Slots of the caches.")
 flags.DEFINE_integer("length", 512, "Tokens of the text.")
 flags.DEFINE_integer("steps", 16, "Timed together.")
@@ -33,7 +36,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--capacities is {','.join(FLAGS.capacities)!r}; expected integers >= {needed}, the text and the steps")
     rows = []
     for dtype in FLAGS.dtype:
-        seconds = measure(dtype, capacities)
+        from eesd_jax.model import cpu_calls
+
+        with mock.patch.object(cpu_calls, "possible", cpu_calls.possible if FLAGS.kernels else lambda: False):
+            seconds = measure(dtype, capacities)
         first = seconds[capacities[0]]
         rows += [(dtype, str(capacity), f"{1e3 * seconds[capacity]:.2f}", f"{seconds[capacity] / first:.3f}") for capacity in capacities]
 
