@@ -8,8 +8,9 @@ BIN := $(VENV)/bin
 demo: $(VENV)/.installed-run
 	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
 
+# On all cores, a file of tests on one: what its tests share is made once.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
 
 # Planted bugs, the rest of the grids, and several processes: a quarter of an hour on a quick machine.
 test-slow: $(VENV)/.installed-test

@@ -360,7 +360,7 @@ def test_a_planted_divergence_is_reported(run, engine, monkeypatch):
 def test_only_a_near_tie_of_both_tokens_is_excused(engine, monkeypatch):
     def found(logits: list[float], ours: int, dtype=jnp.float32) -> journal.Divergence:
         monkeypatch.setattr(benchmark, "next_logits", lambda engine, tokens: np.array(logits, np.float32))
-        params = engine.model.params | {"embed": engine.model.params["embed"].astype(dtype)}
+        params = engine.model.params | {"final_norm": engine.model.params["final_norm"].astype(dtype)}
         runs = {
             name: journal.Run(0, 0, name, "all", 1.0, [journal.Answer("a", tokens, "", "length", Rounds.plain(len(tokens)))])
             for name, tokens in (("plain", [5, 0, 2]), ("beta", [5, ours, 2]))

@@ -27,6 +27,8 @@ def check_config(config: ExperimentConfig) -> None:
         raise UserError(f"dtype is {config.dtype!r}; expected float32, bfloat16, or nothing for the device's own")
     if config.batch_size % config.optimizer.accumulate:
         raise UserError(f"batch_size is {config.batch_size}; expected a multiple of optimizer.accumulate, {config.optimizer.accumulate}")
+    if config.loss.passes > 1 and not config.branch.deep_input:
+        raise UserError(f"loss.passes is {config.loss.passes} without branch.deep_input; expected 1, or branch.deep_input=True")
     if config.cache.enabled and jax.process_count() > 1:
         raise UserError(f"cache.enabled is True with {jax.process_count()} processes; expected one process, or cache.enabled=False")
     if "://" in config.cache.path or (config.cache.enabled and not config.cache.path and "://" in config.output_dir):
@@ -49,8 +51,6 @@ def find(address: str, what: str) -> epath.Path:
 def check_against_model(config: ExperimentConfig, model_config: ModelConfig) -> None:
     """Raises UserError for what that model cannot do."""
     exit_branch.check_exit_layer(model_config, config.branch.exit_layer, deep_input=config.branch.deep_input)
-    if config.loss.passes > 1 and not config.branch.deep_input:
-        raise UserError(f"loss.passes is {config.loss.passes} without branch.deep_input; expected 1, or branch.deep_input=True")
     vocab_size, context = model_config.vocab_size, model_config.context_length
     if not 0 <= config.branch.draft_vocab <= vocab_size:
         raise UserError(f"branch.draft_vocab is {config.branch.draft_vocab}; expected 0 (all) to {vocab_size}, the model's vocabulary")
