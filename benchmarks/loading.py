@@ -160,6 +160,8 @@ def measure(process: int, folder: pathlib.Path, sizes: dict[str, int]) -> Loaded
     """`load_as` in this process, and the peaks of its memory above what it had before."""
     import jax
 
+    from eesd_jax.weights import load  # noqa: F401  which is none of what a checkpoint takes
+
     jax.block_until_ready(jax.device_put(0))
     before, peaks, done = memory_in_use(), [0, 0], threading.Event()
 
