@@ -14,7 +14,7 @@ from commands import assert_refused
 from jax.sharding import PartitionSpec
 
 import eesd_jax
-from eesd_jax import Engine, UserError, plan
+from eesd_jax import Engine, UserError, arithmetic, plan
 from eesd_jax.config import LONGEST_MATCH, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.distill.refill import Refiller, Request
@@ -135,7 +135,7 @@ def test_params_on_a_mesh_are_those_of_one_device(kind):
     planned = plan.abstract_params(CONFIG, jnp.dtype("float32"), mesh, kind)
     jax.tree.map(lambda leaf, array: np.testing.assert_equal((leaf.shape, leaf.dtype), (array.shape, array.dtype)), planned, parts)
     assert jax.tree.all(jax.tree.map(lambda leaf, array: leaf.sharding == array.sharding, planned, parts))
-    assert plan.bytes_of_a_chip(planned["blocks"][0]["wq"].codes) == 32 * 96 // 4 // (2 if kind == "int4" else 1)
+    assert arithmetic.bytes_of_a_chip(planned["blocks"][0]["wq"].codes) == 32 * 96 // 4 // (2 if kind == "int4" else 1)
 
 
 def test_a_branch_of_a_quantised_target_is_made_of_its_numbers():
