@@ -70,3 +70,18 @@ def test_decoding_passes_use_it():
     assert cpu_rows.TARGET in program()
     with cpu_calls.on_mesh(True):
         assert cpu_rows.TARGET not in program()
+
+
+def test_several_weights_at_once_give_what_each_gives(registers):
+    for rows in (1, 3, 9, 37):
+        x, first = operands(rows, 96, 40)
+        weights = [first, first[:4] + 1, first[4:24] * 2]
+        together = jax.jit(lambda x, *weights: cpu_rows.rows_by_matrix(x, *weights))(x, *weights)
+        np.testing.assert_array_equal(together, jnp.concatenate([multiply(x, weight) for weight in weights], axis=-1))
+
+    def gradients(product):
+        return jax.grad(lambda x, *weights: jnp.sum(jnp.sin(product(x, *weights))), (0, 1, 3))(x, *weights)
+
+    ours = gradients(cpu_rows.rows_by_matrix)
+    apart = gradients(lambda x, *weights: jnp.concatenate([x @ weight.T for weight in weights], axis=-1))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), ours, apart)

@@ -248,7 +248,7 @@ def _add_chunk(kind: _Kind, module: ir.Module, words: Sequence[str], registers: 
     few = builder.icmp_signed("<=", rows, I64(max_rows))
     scratch = builder.alloca(F32, size=builder.select(few, I64(0), builder.mul(inputs, I64(BLOCK_OUTPUTS))))
     scratch.align = 64
-    first, end = cpu_rows.share(builder, job, chunk)
+    first, end = cpu_rows.share(builder, job, chunk, outputs)
     with cpu_calls.loop(builder, first, end, BLOCK_OUTPUTS) as o:
         group = builder.mul(o, groups)
         here = [builder.gep(matrix[0], [builder.mul(group, I64(kind.group_bytes))]), *(builder.gep(array, [group]) for array in matrix[1:])]

@@ -40,19 +40,21 @@ def usable(rows: int, weight_OxI: jax.Array) -> bool:
 
 
 @jax.custom_jvp
-def rows_by_matrix(x_RxI: jax.Array, weight_OxI: jax.Array) -> jax.Array:
-    """Float32 [R, I] times [O, I], giving [R, O]; see `usable`."""
-    _register(TARGET)
-    result = jax.ShapeDtypeStruct((x_RxI.shape[0], weight_OxI.shape[0]), jnp.float32)
-    return jax.ffi.ffi_call(TARGET, result)(x_RxI, weight_OxI, **split(weight_OxI.shape[0]))
+def rows_by_matrix(x_RxI: jax.Array, *weights_OxI: jax.Array) -> jax.Array:
+    """Float32 [R, I] times one or more [O, I], giving [R, all outputs]; see `usable`. One call for several: each call has its price."""
+    target = f"{TARGET}_{len(weights_OxI)}"
+    _register(target, len(weights_OxI))
+    outputs = sum(weight.shape[0] for weight in weights_OxI)
+    result = jax.ShapeDtypeStruct((x_RxI.shape[0], outputs), jnp.float32)
+    return jax.ffi.ffi_call(target, result)(x_RxI, *weights_OxI, **split(outputs))
 
 
 @rows_by_matrix.defjvp
-def _rows_by_matrix_jvp(primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-    (x, weight), (dx, dweight) = primals, tangents
-    highest = jax.lax.Precision.HIGHEST
-    change = jnp.einsum("ri,oi->ro", dx, weight, precision=highest) + jnp.einsum("ri,oi->ro", x, dweight, precision=highest)
-    return rows_by_matrix(x, weight), change
+def _rows_by_matrix_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+    (x, *weights), (dx, *dweights) = primals, tangents
+    product = functools.partial(jnp.einsum, "ri,oi->ro", precision=jax.lax.Precision.HIGHEST)
+    changes = [product(dx, weight) + product(x, dweight) for weight, dweight in zip(weights, dweights, strict=True)]
+    return rows_by_matrix(x, *weights), jnp.concatenate(changes, axis=-1)
 
 
 def split(outputs: int) -> dict[str, np.int64]:
@@ -61,9 +63,10 @@ def split(outputs: int) -> dict[str, np.int64]:
 
 
 @functools.cache
-def _register(target: str) -> None:
-    arguments, results = (("x", "rows", "inputs"), ("w", "outputs")), (("out",),)
-    cpu_calls.register(target, arguments, results, ("chunks", "helpers"), _add_chunk)
+def _register(target: str, weights: int) -> None:
+    arguments = (("x", "rows", "inputs"), *((f"w{i}", f"outputs{i}") for i in range(weights)))
+    add = functools.partial(_add_chunk, weights)
+    cpu_calls.register(target, arguments, (("out", "out_rows", "all_outputs"),), ("chunks", "helpers"), add)
 
 
 def add_block(module: ir.Module, rows: int, lanes: int, ahead: int) -> ir.Function:
@@ -117,44 +120,51 @@ def store_sums(module: ir.Module, builder: ir.IRBuilder, sums: Sequence[ir.Value
         builder.store(builder.call(total, (F32(0.0), value), fastmath=("reassoc",)), address)
 
 
-def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Registers) -> ir.Function:
-    """`chunk(job, index)`: an even share of the outputs."""
+def _add_chunk(weights: int, module: ir.Module, words: Sequence[str], registers: cpu_calls.Registers) -> ir.Function:
+    """`chunk(job, index)`: an even share of the outputs of every weight."""
     lanes, max_rows = registers
     blocks = {(rows, ahead): add_block(module, rows, lanes, ahead) for rows in range(1, max_rows + 1) for ahead in (1, 2, 4)}
     function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
     address, chunk = function.args
     builder = ir.IRBuilder(function.append_basic_block("entry"))
     job = cpu_calls.Job(words, address)
-    x, w, out = (job.floats(builder, name) for name in ("x", "w", "out"))
-    rows, inputs, outputs = (job.read(builder, name) for name in ("rows", "inputs", "outputs"))
+    x, out = (job.floats(builder, name) for name in ("x", "out"))
+    rows, inputs, all_outputs = (job.read(builder, name) for name in ("rows", "inputs", "all_outputs"))
     # What comes next is spread over the passes: all four rows of w at once, two and two, or one by one.
     one = builder.icmp_signed("<=", rows, I64(max_rows))
     few = builder.icmp_signed("<=", rows, I64(3 * max_rows))
     ahead = builder.select(one, I64(4), builder.select(few, I64(2), I64(1)))
-    first, end = share(builder, job, chunk)
-    with cpu_calls.loop(builder, first, end, BLOCK_OUTPUTS) as o:
-        # Four rows of w stay in the first-level cache while all rows of x pass by; meanwhile the next four come from memory.
-        w_block = builder.gep(w, [builder.mul(o, inputs)])
-        last = builder.icmp_signed(">=", builder.add(o, I64(BLOCK_OUTPUTS)), end)
 
-        def run(rows_at_once: int, row: ir.Value) -> None:
-            x_block = builder.gep(x, [builder.mul(row, inputs)])
-            out_block = builder.gep(out, [builder.add(builder.mul(row, outputs), o)])
-            block = builder.select(one, blocks[rows_at_once, 4], builder.select(few, blocks[rows_at_once, 2], blocks[rows_at_once, 1]))
-            skip = builder.mul(ahead, builder.sdiv(row, I64(max_rows)))
-            done = builder.or_(last, builder.icmp_signed(">=", skip, I64(BLOCK_OUTPUTS)))
-            skip = builder.select(done, I64(0), builder.add(skip, I64(BLOCK_OUTPUTS)))
-            following = builder.gep(w_block, [builder.mul(skip, inputs)])
-            builder.call(block, (x_block, w_block, out_block, inputs, outputs, following))
+    def multiply_by(w: ir.Value, outputs: ir.Value, out: ir.Value) -> None:
+        first, end = share(builder, job, chunk, outputs)
+        with cpu_calls.loop(builder, first, end, BLOCK_OUTPUTS) as o:
+            # Four rows of w stay in the first-level cache while all rows of x pass by; meanwhile the next four come from memory.
+            w_block = builder.gep(w, [builder.mul(o, inputs)])
+            last = builder.icmp_signed(">=", builder.add(o, I64(BLOCK_OUTPUTS)), end)
 
-        sweep(builder, rows, max_rows, run)
+            def run(rows_at_once: int, row: ir.Value) -> None:
+                x_block = builder.gep(x, [builder.mul(row, inputs)])
+                out_block = builder.gep(out, [builder.add(builder.mul(row, all_outputs), o)])
+                block = builder.select(one, blocks[rows_at_once, 4], builder.select(few, blocks[rows_at_once, 2], blocks[rows_at_once, 1]))
+                skip = builder.mul(ahead, builder.sdiv(row, I64(max_rows)))
+                done = builder.or_(last, builder.icmp_signed(">=", skip, I64(BLOCK_OUTPUTS)))
+                skip = builder.select(done, I64(0), builder.add(skip, I64(BLOCK_OUTPUTS)))
+                following = builder.gep(w_block, [builder.mul(skip, inputs)])
+                builder.call(block, (x_block, w_block, out_block, inputs, all_outputs, following))
+
+            sweep(builder, rows, max_rows, run)
+
+    for i in range(weights):
+        outputs = job.read(builder, f"outputs{i}")
+        multiply_by(job.floats(builder, f"w{i}"), outputs, out)
+        out = builder.gep(out, [outputs])
     builder.ret_void()
     return function
 
 
-def share(builder: ir.IRBuilder, job: cpu_calls.Job, chunk: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """The first output of a chunk, and the first that is no longer its own."""
-    blocks = builder.sdiv(job.read(builder, "outputs"), I64(BLOCK_OUTPUTS))
+def share(builder: ir.IRBuilder, job: cpu_calls.Job, chunk: ir.Value, outputs: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The first of so many outputs that is a chunk's, and the first that is no longer its own."""
+    blocks = builder.sdiv(outputs, I64(BLOCK_OUTPUTS))
     first, end = cpu_calls.share(builder, blocks, chunk, job.read(builder, "chunks"))
     return builder.mul(first, I64(BLOCK_OUTPUTS)), builder.mul(end, I64(BLOCK_OUTPUTS))
 

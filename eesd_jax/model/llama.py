@@ -83,6 +83,11 @@ def _reads_codes(rows: int, codes: Codes | Tiles | None) -> bool:
     return cpu_calls.possible() if isinstance(codes, Tiles) else cpu_codes.usable(rows, codes)
 
 
+def _reads_matrix(rows: int, weight: jax.Array | Quantized) -> bool:
+    """Whether `linear` multiplies so many rows by a weight without codes with the CPU kernel."""
+    return not isinstance(weight, Quantized) and cpu_rows.usable(rows, weight)
+
+
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     """Root-mean-square norm over the last axis (Zhang & Sennrich 2019); statistics in float32, result in x's dtype."""
     x32 = x.astype(jnp.float32)
@@ -185,11 +190,15 @@ class Block(nn.Module):
         matrix = nn.initializers.normal(stddev=self.config.hidden_size**-0.5)
         weights = [self._weight(name, matrix, **of_weight, **axis) for name, of_weight in outputs.items()]
         codes = self.get_variable("params", _CODES, {})
-        together = codes.get(_joined(outputs))
-        if _reads_codes(math.prod(x.shape[:-1]), together):  # as one product: each has its price, however small
-            ends = itertools.accumulate(weight.shape[0] for weight in weights[:-1])
-            return jnp.split(linear(x, weights[0], together), list(ends), axis=-1)
-        return [linear(x, weight, codes.get(name)) for name, weight in zip(outputs, weights, strict=True)]
+        together, rows = codes.get(_joined(outputs)), math.prod(x.shape[:-1])
+        if _reads_codes(rows, together):  # as one product: each has its price, however small
+            product = linear(x, weights[0], together)
+        elif not any(name in codes for name in outputs) and all(_reads_matrix(rows, weight) for weight in weights):
+            product = cpu_rows.rows_by_matrix(x.reshape(rows, -1), *weights).reshape(*x.shape[:-1], -1)
+        else:
+            return [linear(x, weight, codes.get(name)) for name, weight in zip(outputs, weights, strict=True)]
+        ends = itertools.accumulate(weight.shape[0] for weight in weights[:-1])
+        return jnp.split(product, list(ends), axis=-1)
 
     @nn.compact
     def __call__(
