@@ -19,7 +19,13 @@ OPTIONS = DecodeConfig(max_new_tokens=12, prompt_buckets=(16,), min_capacity=64,
 PROMPTS = ([[5, 9, 200], [7]], [[250]], [[11, 12, 13, 14], [8, 9]])  # the second leaves a row empty
 
 
-@pytest.fixture(scope="module", params=[None, {"fsdp": 2}, {"tensor": 2}, {"data": 2}], ids=["one device", "fsdp", "tensor", "data"])
+MESHES = {"one device": None, "fsdp": {"fsdp": 2}, "tensor": {"tensor": 2}, "data": {"data": 2}}
+SLOW = ("fsdp", "tensor")
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(mesh, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, mesh in MESHES.items()]
+)
 def lm(request, tmp_path_factory) -> Engine:
     """A model and a branch of one draft at most, from files; heads that a mesh of two cannot share out evenly."""
     folder = tmp_path_factory.mktemp("model")

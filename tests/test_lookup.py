@@ -138,7 +138,7 @@ def test_where_no_looked_up_draft_is_right_lookup_costs_nothing():
 
 
 PROMPTS = [[5, 9, 200, 31, 5, 9, 200], [7, 7], [11, 12, 13, 11, 12], [250, 3]]
-OPTIONS = DecodeConfig(max_new_tokens=24, prompt_buckets=(16,), min_capacity=32)
+OPTIONS = DecodeConfig(max_new_tokens=24, prompt_buckets=(16,), min_capacity=64)
 
 
 @functools.cache

@@ -90,6 +90,7 @@ def test_by_default_drafts_are_as_long_as_their_measured_cost_says(run, models, 
         f"--model={models['whole']}",
         f"--exit_branch={branches['good']}",
         "--arms=exit,lookup",
+        "--max_draft=2",
         "--max_new_tokens=24",
         "--prompt=hello",
     ]
