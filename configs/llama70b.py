@@ -25,9 +25,9 @@ GPUs under SLURM, a task a GPU (for both commands):
 Weights lie over 16 chips (mesh.fsdp); further ones take other rows (mesh.data). On fewer, set --config.mesh.fsdp.
 
     slice           mesh.data x mesh.fsdp   GiB a chip      a step    hours   chip-hours
-    v5p 2x2x4       1 x 16                  23.5 of 95    *2686 ms    1.12    17.9
-    2 x v5p 2x2x4   2 x 16                  18.6 of 95    *1343 ms    0.56    17.9
-    v5e 8x8         1 x 64                  11.2 of 16    *3129 ms    0.65    41.7
+    v5p 2x2x4       1 x 16                  23.1 of 95     2686 ms    1.12    17.9
+    2 x v5p 2x2x4   2 x 16                  17.5 of 95     1343 ms    0.56    17.9
+    v5e 8x8         1 x 64                  12.9 of 16     3129 ms    0.65    41.7
     2 x 8 x H100    2 x 8                   33.3 of 80    *1247 ms    0.52    8.3
 
 v5e 8x8 is with --config.mesh.fsdp=64 --config.batch_size=128 --config.steps=750, the GPUs with --config.mesh.fsdp=8. Least times by

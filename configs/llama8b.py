@@ -25,8 +25,8 @@ GPUs under SLURM, a task a GPU (for both commands):
 Weights lie over 4 chips (mesh.fsdp); further ones take other rows (mesh.data). On fewer, set --config.mesh.fsdp.
 
     slice       mesh.data x mesh.fsdp   GiB a chip      a step    hours   chip-hours
-    v5e 2x4     2 x 4                   12.1 of 16     *744 ms    0.62    5.0
-    v6e 2x4     2 x 4                   12.1 of 32     *167 ms    0.14    1.1
+    v5e 2x4     2 x 4                   12.4 of 16      744 ms    0.62    5.0
+    v6e 2x4     2 x 4                   11.2 of 32      341 ms    0.28    2.3
     8 x H100    2 x 4                   12.1 of 80     *148 ms    0.12    1.0
 
 Least times by docs/plan.md, for 197 M tokens, from data sheets; * by arithmetic, not compiled. Nothing has been run on a TPU or GPU.
