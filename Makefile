@@ -20,17 +20,17 @@ test-slow: $(VENV)/.installed-test
 test-planted: $(VENV)/.installed-test
 	$(BIN)/python -m pytest --numprocesses=auto -m slow -k "planted or seen" tests/test_losslessness.py tests/test_round.py
 
-# The tests that need the built-in model.
+# The tests that need the built-in model, but for the longest.
 test-demo: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m demo
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m "demo and not slow"
 
 # Executes the notebooks, on a tiny model.
 test-notebooks: $(VENV)/.installed-notebooks
-	$(BIN)/python -m pytest -m notebooks
+	$(BIN)/python -m pytest --numprocesses=auto -m notebooks
 
 # Compares with transformers + PyTorch (CPU).
 parity: $(VENV)/.installed-parity
-	$(BIN)/python -m pytest -m parity
+	$(BIN)/python -m pytest --numprocesses=auto -m parity
 
 # PROMPTS=a.jsonl,b.jsonl; hours on a CPU, and goes on where it stopped.
 report: $(VENV)/.installed-run

@@ -26,6 +26,7 @@ def open_journal(folder: pathlib.Path, texts: int) -> Journal:
 
 
 @pytest.mark.demo
+@pytest.mark.slow
 def test_texts_of_the_built_in_model_are_those_of_plain_decoding(identity, tmp_path):
     model = eesd_jax.load("demo", dtype="float32").model._replace(eos_ids=())
     engine = Engine(model, DecodeConfig(max_new_tokens=48))

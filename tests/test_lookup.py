@@ -149,7 +149,7 @@ def engine(with_branch: bool) -> Engine:
     return Engine(model, OPTIONS, Drafter(branch, draft, Calibration(), trained=False))
 
 
-@pytest.mark.parametrize("with_branch", [False, True])
+@pytest.mark.parametrize("with_branch", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_greedy_text_is_that_of_plain_decoding(with_branch):
     lm = engine(with_branch)
     plain = lm.generate_ids(PROMPTS, seeds=[0] * 4, controller=None)

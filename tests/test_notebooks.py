@@ -58,7 +58,7 @@ def test_notebooks_run(name, tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
     monkeypatch.setenv("EESD_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a notebook has it
-    nbclient.NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
+    nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
     texts = "".join("".join(output.get("text", "")) for cell in notebook.cells for output in cell.get("outputs", ()))
     if name == "quickstart":
         assert "identical: yes" in texts
