@@ -12,10 +12,9 @@ no data sheet); a real model end to end, if --model is given; transformers + PyT
 import gc
 import json
 import math
-import statistics
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
+from rates import copy_bandwidth, matrix_rate, median_seconds
 from stand_in import untrained_drafter
 
 import eesd_jax
@@ -51,31 +51,6 @@ flags.DEFINE_string("json", None, "File to write the result to.")
 
 STEPS, REPEATS = 16, 5
 PROMPT_TOKENS, NEW_TOKENS = 32, 128
-
-
-def median_seconds(work: Callable[[], Any]) -> float:
-    """Of several times, after one that compiles."""
-    seconds = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        jax.block_until_ready(work())
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
-
-
-def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of changing an array of 1 GiB (64 MiB on a CPU)."""
-    block = jnp.zeros(2**24 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
-    change = jax.jit(lambda x: x + 1)
-    return 2 * block.nbytes / median_seconds(lambda: change(block))
-
-
-def matrix_rate(dtype: jnp.dtype) -> float:
-    """Floating-point operations a second of a product of large matrices."""
-    size = 1024 if jax.default_backend() == "cpu" else 8192
-    matrix = jnp.ones((size, size), dtype)
-    multiply = jax.jit(lambda x: x @ x)
-    return 2 * size**3 / median_seconds(lambda: multiply(matrix))
 
 
 def random_params(config: ModelConfig, dtype: jnp.dtype) -> llama.Params:
@@ -110,7 +85,7 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
         state = engine.decode(state, SamplingConfig(), None, STEPS)
         return state
 
-    plain = median_seconds(steps) / STEPS
+    plain = median_seconds(steps, REPEATS) / STEPS
     costs = cost_table.measure(engine, batch)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
     if not engine.model.config.tie_embeddings:
@@ -146,7 +121,7 @@ def measure_training(engine: Engine, dtype: jnp.dtype) -> dict[str, Any]:
         state, metrics = run(options, frozen, state, batch, None)
         return metrics
 
-    seconds = median_seconds(train)
+    seconds = median_seconds(train, REPEATS)
     flops = step.position_flops(config, branch.draft_ids.size, online=True, train_head=False) * math.prod(shape)
     chip = find_chip(jax.devices()[0].device_kind)
     peak = chip.flops if chip else matrix_rate(dtype)

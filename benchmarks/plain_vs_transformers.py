@@ -24,6 +24,7 @@ from rich.table import Table
 
 import eesd_jax
 from eesd_jax import cli
+from eesd_jax.model import llama
 from eesd_jax.weights.load import LoadedModel
 
 FLAGS = flags.FLAGS
@@ -53,16 +54,7 @@ def read_bandwidth() -> float:
 
 def stored_bytes(model: LoadedModel) -> int:
     """Bytes of all weights, of those as codes that have any."""
-    weights = dict(model.params)
-    blocks = list(model.params["blocks"])
-    codes = model.codes or {"blocks": [{} for _ in blocks]}
-    if "head" in codes:
-        weights |= {"embed" if model.config.tie_embeddings else "lm_head": codes["head"]}
-    for i, of_block in enumerate(codes["blocks"]):
-        coded = {name for names in of_block for name in names.split()}  # several may be stored together
-        blocks[i] = {name: weight for name, weight in blocks[i].items() if name not in coded} | of_block
-    weights["blocks"] = blocks
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(llama.weights_read(llama.with_codes(model.params, model.codes))))
 
 
 def timed(seconds: list[float], work: Callable[[], T]) -> T:

@@ -10,6 +10,9 @@ driven them. So there is also a bare round: the same parts one after the other, 
 
 Rounds are those of the real program, with the number of drafts forced whatever the controller says; what it says is computed nevertheless.
 Each round is timed side by side with its parts, and medians of ratios count, so that whatever else the machine does meets both alike.
+
+A second table holds each part against memory: the time to read its weights and the valid part of its caches once, at the rate at which a
+matrix of 1 GiB is read in the same run.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from absl import flags
+from rates import read_bandwidth
 from stand_in import untrained_drafter
 
 import eesd_jax
@@ -161,6 +165,37 @@ class Parts:
         return self.verify(width_for(self.draft, drafts), params, branch, state)
 
 
+class Work(NamedTuple):
+    """What a part does, once. bytes: of weights and of the valid part of caches. flops: of products and of attention."""
+
+    bytes: int
+    flops: int
+
+
+def work_of_parts(engine: Engine, batch: int, context: int) -> dict[Any, Work]:
+    """By the names of `Parts.loops`, the bare rounds aside; `context` tokens are in the caches."""
+    config, draft, params, branch = engine.model.config, engine.drafter.draft, engine.params, engine.branch
+
+    def work(blocks: Sequence[llama.Params], rest: Any, matrices: Sequence[jax.Array], caches: int, tokens: int) -> Work:
+        weights = [weight for block in blocks for weight in block.values() if isinstance(weight, jax.Array) and weight.ndim == 2]
+        entries = sum(weight.size for weight in (*weights, *matrices))
+        read = sum(leaf.nbytes for leaf in jax.tree.leaves(([llama.weights_read(block) for block in blocks], rest)))
+        of_cache = 2 * config.num_kv_heads * config.head_dim * context * params["final_norm"].dtype.itemsize
+        attention = 4 * config.num_heads * config.head_dim * context * caches
+        return Work(read + batch * caches * of_cache, batch * tokens * (2 * entries + attention))
+
+    early, late = params["blocks"][: draft.exit_layer], params["blocks"][draft.exit_layer :]
+    head = params["embed" if config.tie_embeddings else "lm_head"]
+    model_read = llama.weights_read(params)
+    last = (model_read["final_norm"], model_read["embed" if config.tie_embeddings else "lm_head"])
+    exit_read = llama.weights_read(branch.block)
+    exit_rest = (branch.norm, branch.head if branch.head_codes is None else branch.head_codes)
+    # Verification writes the exit block's keys and values.
+    keys, keys_read = [branch.block[name] for name in ("wk", "wv")], [exit_read[name] for name in ("wk", "wv")]
+    works = {"early": work(early, (), (), len(early), 1), "exit": work([branch.block], exit_rest, [branch.head], 1, 1)}
+    return works | {("verify", width): work(late, (last, keys_read), [head, *keys], len(late), width) for width in draft.widths}
+
+
 def width_for(draft: DraftConfig, drafts: int) -> int:
     """The compiled width at which so many drafts are verified."""
     return next(width for width in draft.widths if width > drafts)
@@ -261,6 +296,25 @@ def result_rows(samples: dict[tuple[str, int], list[Sample]]) -> list[dict[str, 
     return sorted(rows, key=lambda row: row["controller"])
 
 
+def part_rows(
+    samples: dict[tuple[str, int], list[Sample]], works: dict[Any, Work], draft: DraftConfig, bandwidth: float
+) -> list[dict[str, Any]]:
+    """One row for each part: what it does, milliseconds at least and as measured (median)."""
+    seconds: dict[Any, list[float]] = {name: [] for name in works}
+    for (_, drafts), found in samples.items():
+        seconds["early"] += [sample.early for sample in found]
+        seconds["exit"] += [sample.exit for sample in found]
+        seconds["verify", width_for(draft, drafts)] += [sample.verify for sample in found]
+    rows = []
+    for name, work in works.items():
+        bound, taken = work.bytes / bandwidth, statistics.median(seconds[name])
+        row = {"part": name if isinstance(name, str) else f"verify {name[1]}"} | work._asdict()
+        rows.append(
+            row | {"memory_bound": 1e3 * bound, "taken": 1e3 * taken, "ratio": taken / bound, "gflop_per_second": work.flops / taken / 1e9}
+        )
+    return rows
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     model = eesd_jax.load("demo", dtype="float32", exit_branch="none").model._replace(eos_ids=())
@@ -272,9 +326,21 @@ def main(argv: Sequence[str]) -> None:
     header = ("controller", "drafts", "blocks 1..N", "exit and draw", "verify", "decisions", "sum of parts", "bare round", "round")
     header += ("round / sum", "round / bare")
     print(report.table(header, lines))
+    bandwidth = read_bandwidth()
+    parts = part_rows(samples, work_of_parts(engine, FLAGS.batch_size, cost_table.PROMPT_TOKENS), engine.drafter.draft, bandwidth)
+    header = ("part", "MB", "MFLOP", f"ms at least, at {bandwidth / 1e9:.1f} GB/s", "ms", "of that", "GFLOP/s")
+    lines = []
+    for row in parts:
+        work, times = (
+            (f"{row[name] / 1e6:.1f}" for name in Work._fields),
+            (f"{row[name]:.2f}" for name in ("memory_bound", "taken", "ratio")),
+        )
+        lines.append((row["part"], *work, *times, f"{row['gflop_per_second']:.0f}"))
+    print(report.table(header, lines))
     if FLAGS.output:
         with cli.whole_file(FLAGS.output) as file:
-            json.dump({"batch_size": FLAGS.batch_size, "milliseconds": rows}, file, indent=2)
+            result = {"batch_size": FLAGS.batch_size, "milliseconds": rows, "parts": parts, "read_bandwidth": bandwidth}
+            json.dump(result, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode.controllers import Beta, Calibration, Forced
 from eesd_jax.engine import Drafter
+from eesd_jax.model import llama
 from eesd_jax.model.exit_branch import init_exit_branch
 
 BETA = Beta(prior_alpha=1.0, prior_beta=1.0, discount=0.9, idle_discount=1.0)
@@ -44,6 +45,30 @@ def test_a_round_is_compared_with_its_parts(overhead):
     assert [row["parts"] for row in rows] == pytest.approx([12.0, 30.0])
     assert [row["ratio_to_parts"] for row in rows] == pytest.approx([1.0, 1.1])
     assert [row["ratio_to_bare"] for row in rows] == pytest.approx([1.0, 1.1])
+
+
+def test_parts_are_held_against_memory(overhead, lm):
+    """All weights of the model are read once by a step without drafts, whatever the width; arithmetic grows with it."""
+    works = overhead.work_of_parts(lm, batch=1, context=0)
+    assert set(works) == {"early", "exit", *(("verify", width) for width in lm.drafter.draft.widths)}
+    least = min(lm.drafter.draft.widths)
+    keys = [lm.branch.block[name] for name in ("wk", "wv")]
+    of_model = sum(leaf.nbytes for leaf in jax.tree.leaves((llama.weights_read(lm.params), keys)))
+    embedding = 0 if lm.model.config.tie_embeddings else lm.params["embed"].nbytes
+    assert works["early"].bytes + works["verify", least].bytes == of_model - embedding
+    assert {works["verify", width].bytes for width in lm.drafter.draft.widths} == {works["verify", least].bytes}
+    assert works["verify", 3].flops * least == 3 * works["verify", least].flops
+    behind, rows = overhead.work_of_parts(lm, batch=1, context=10), overhead.work_of_parts(lm, batch=4, context=10)
+    cache = lm.prefill([[5, 9, 200, 31]], [0], 1, 20, Forced()).cache
+    slots = cache.k[0].shape[-1]
+    assert behind["early"].bytes - works["early"].bytes == 10 * (cache.k[0].nbytes + cache.v[0].nbytes) // slots
+    assert rows["early"].flops == 4 * behind["early"].flops
+
+    sample = overhead.Sample(round=1.0, bare=1.0, early=0.1, exit=0.2, verify=0.3, decisions=0.0)
+    samples = {("beta", drafts): [sample._replace(verify=0.3 * (1 + drafts))] for drafts in range(3)}
+    rows = {row["part"]: row for row in overhead.part_rows(samples, works, lm.drafter.draft, bandwidth=1e6)}
+    assert rows["verify 3"]["taken"] == pytest.approx(600)  # the one width that is compiled here
+    assert rows["verify 3"]["ratio"] == pytest.approx(0.6 * 1e6 / works["verify", 3].bytes)
 
 
 @pytest.mark.parametrize("drafts", [0, 1, 2])

@@ -369,6 +369,17 @@ def block_with_codes(block: Params, codes: dict[str, Codes | Tiles]) -> Params:
     return block | {_CODES: codes}
 
 
+def weights_read(params: Params) -> Params:
+    """Params of a model or of a block as a pass over few tokens reads them: codes in place of what they stand for."""
+    if "blocks" in params:
+        head = {} if (codes := params.get(_HEAD_CODES)) is None else {"embed" if "lm_head" not in params else "lm_head": codes}
+        rest = {name: value for name, value in params.items() if name != _HEAD_CODES}
+        return rest | head | {"blocks": tuple(map(weights_read, params["blocks"]))}
+    codes = params.get(_CODES, {})
+    coded = {name for names in codes for name in names.split()}  # several may lie together
+    return {name: weight for name, weight in params.items() if name != _CODES and name not in coded} | codes
+
+
 def join_codes(codes: dict[str, Codes]) -> dict[str, Codes]:
     """Codes of a block's weights, where those that one input is multiplied by lie together, if they are of one kind."""
     for names in (("wq", "wk", "wv"), ("w_gate", "w_up")):
