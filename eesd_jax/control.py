@@ -68,7 +68,7 @@ def build_controller(
     costs: "RoundCosts | None",
     *,
     has_branch: bool = True,
-    longest_match: int = 0,
+    has_lookup: bool = False,
 ) -> "Controller | None":
     """The controller of a spec; None for plain decoding.
 
@@ -76,23 +76,23 @@ def build_controller(
       calibration: of the branch's confidence.
       costs: of rounds; only `cost_aware`, and the choice between sources, need them.
       has_branch: whether there is an exit branch.
-      longest_match: of lookup, 0 where it is not used.
+      has_lookup: whether lookup drafts, too.
     """
     if spec.kind == PLAIN:
         return None
     inner = _branch_controller(spec, settings, calibration, costs) if has_branch else None
-    if not longest_match:
+    if not has_lookup:
         return inner
     from eesd_jax.decode.arms import Arms
 
     fixed = spec.value if spec.kind == "fixed" and not has_branch else None
     exit_cost, look_cost = (costs.exit, costs.look_up) if costs else ((), ())
-    return Arms(inner, longest_match, exit_cost, look_cost, **_prior(settings), fixed=fixed)
+    return Arms(inner, exit_cost, look_cost, **_prior(settings), fixed=fixed)
 
 
-def needs_costs(spec: ControllerSpec, *, has_branch: bool, longest_match: int) -> bool:
+def needs_costs(spec: ControllerSpec, *, has_branch: bool, has_lookup: bool) -> bool:
     """Whether a controller of that spec is built from measured costs."""
-    return spec.kind == "cost_aware" or (spec.kind != PLAIN and has_branch and longest_match > 0)
+    return spec.kind == "cost_aware" or (spec.kind != PLAIN and has_branch and has_lookup)
 
 
 def _prior(settings: ControllerConfig) -> dict[str, float]:

@@ -127,7 +127,7 @@ def _shape(engine: "Engine", batch: int) -> str:
             model.config,
             None if mesh is None else dict(mesh.shape),
             drafter.draft,
-            drafter.match_kinds,
+            drafter.ngrams is not None,
             weights,
             batch,
             bucket_shapes(engine.decode_config, PROMPT_TOKENS, longest_text),

@@ -32,7 +32,6 @@ from eesd_jax.config import (
 )
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Calibration, Controller
-from eesd_jax.decode.ngrams import ORDER
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
@@ -181,11 +180,6 @@ class Drafter(NamedTuple):
     calibration: Calibration
     trained: bool
     ngrams: np.ndarray | None = None
-
-    @property
-    def match_kinds(self) -> int:
-        """How many kinds of looked-up drafts there are: by the length of the match in the text, then by that in the n-gram table."""
-        return self.draft.longest_match + (ORDER if self.ngrams is not None else 0)
 
 
 class Engine:
@@ -356,14 +350,12 @@ class Engine:
             return None
         if drafter is None:
             raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
-        has_branch, longest_match = drafter.branch is not None, drafter.match_kinds
+        has_branch, has_lookup = drafter.branch is not None, drafter.draft.longest_match > 0
         if not has_branch and spec.kind not in control.WITHOUT_BRANCH:
             raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; expected plain, fixed:K or cost_aware")
-        needs_costs = control.needs_costs(spec, has_branch=has_branch, longest_match=longest_match)
+        needs_costs = control.needs_costs(spec, has_branch=has_branch, has_lookup=has_lookup)
         costs = cost_table.round_costs(self, batch) if needs_costs else None
-        return control.build_controller(
-            spec, ControllerConfig(), drafter.calibration, costs, has_branch=has_branch, longest_match=longest_match
-        )
+        return control.build_controller(spec, ControllerConfig(), drafter.calibration, costs, has_branch=has_branch, has_lookup=has_lookup)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int, controller: Controller | None = None

@@ -6,7 +6,7 @@ import tiny
 
 import eesd_jax
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
-from eesd_jax.config import LONGEST_MATCH, ControllerConfig
+from eesd_jax.config import ControllerConfig
 from eesd_jax.control import build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.controllers import Calibration, Controller
@@ -43,7 +43,7 @@ def lm(request, tmp_path_factory) -> Engine:
 def controller(name: str) -> Controller:
     """Of both sources, with costs that are the same on every machine."""
     costs = RoundCosts(exit=(1.0, 1.1), look_up=(1.0, 1.05))
-    return build_controller(parse_controller(name, 1), ControllerConfig(), Calibration(), costs, longest_match=LONGEST_MATCH)
+    return build_controller(parse_controller(name, 1), ControllerConfig(), Calibration(), costs, has_lookup=True)
 
 
 def answer(lm: Engine, controller: Controller | None) -> list[list[int]]:

@@ -79,15 +79,15 @@ def test_controllers_are_built_with_their_settings():
         spec = parse_controller(name, max_draft=2)
         assert build_controller(spec, settings, calibration, costs) == controller
         # With lookup they draft where it does not; plain stays plain.
-        both = build_controller(spec, settings, calibration, costs, longest_match=3)
-        assert both == (controller and Arms(controller, 3, costs.exit, costs.look_up, **prior))
+        both = build_controller(spec, settings, calibration, costs, has_lookup=True)
+        assert both == (controller and Arms(controller, costs.exit, costs.look_up, **prior))
 
 
 def test_controllers_without_a_branch():
     settings, costs = ControllerConfig(), RoundCosts((1.0, 1.0, 1.0), (1.0, 1.1, 1.3))
     for name, fixed in (("cost_aware", None), ("fixed:2", 2)):
         spec = parse_controller(name, max_draft=2)
-        controller = build_controller(spec, settings, Calibration(), costs, has_branch=False, longest_match=3)
+        controller = build_controller(spec, settings, Calibration(), costs, has_branch=False, has_lookup=True)
         assert (controller.inner, controller.fixed, controller.look_cost) == (None, fixed, costs.look_up)
 
 

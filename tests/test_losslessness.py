@@ -40,12 +40,12 @@ CONTROLLERS = {
 }
 COSTS = {"exit_cost": (1.0, 1.2, 1.4, 1.6), "look_cost": (1.0, 1.1, 1.2, 1.3)}
 LOOKUP = {
-    "lookup alone, fixed": Arms(None, 2, **COSTS, **BETA, fixed=3),
-    "lookup alone": Arms(None, 2, **COSTS, **BETA),
-    "lookup and fixed:3": Arms(controllers.Fixed(3), 2, **COSTS, **BETA),
-    "lookup and cost_aware": Arms(CONTROLLERS["cost_aware"], 2, **COSTS, **BETA),
-    "n-grams alone, fixed": Arms(None, 2 + ngrams.ORDER, **COSTS, **BETA, fixed=3),
-    "n-grams and cost_aware": Arms(CONTROLLERS["cost_aware"], 2 + ngrams.ORDER, **COSTS, **BETA),
+    "lookup alone, fixed": Arms(None, **COSTS, **BETA, fixed=3),
+    "lookup alone": Arms(None, **COSTS, **BETA),
+    "lookup and fixed:3": Arms(controllers.Fixed(3), **COSTS, **BETA),
+    "lookup and cost_aware": Arms(CONTROLLERS["cost_aware"], **COSTS, **BETA),
+    "n-grams alone, fixed": Arms(None, **COSTS, **BETA, fixed=3),
+    "n-grams and cost_aware": Arms(CONTROLLERS["cost_aware"], **COSTS, **BETA),
 }
 DEEP = ("fixed:3", "cost_aware")  # controllers of a branch with the second input
 NGRAMS = jnp.asarray(ngrams.build(np.random.default_rng(0).integers(0, VOCABULARY, (20, 12)).tolist(), 1024))

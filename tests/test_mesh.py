@@ -57,8 +57,7 @@ def test_tokens_are_those_of_one_device(axes):
     # Counted in the very answers, so that lookup has something to go on with.
     table = ngrams.build([prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)], 2**12)
     many = make_engine(axes, longest_match=LONGEST_MATCH, table=table)
-    kinds = many.drafter.match_kinds
-    both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, longest_match=kinds)
+    both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, has_lookup=True)
     for controller in (None, both):
         found = many.generate_ids(PROMPTS, seeds=[0, 1], controller=controller)
         assert [generation.token_ids for generation in found] == expected
@@ -76,8 +75,7 @@ def test_a_table_of_ngrams_drafts_on_a_mesh_what_it_drafts_on_one_device(axes):
     logs = []
     for where in ({}, axes):
         engine = make_engine(where, longest_match=LONGEST_MATCH, table=table)
-        kinds = engine.drafter.match_kinds
-        both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, longest_match=kinds)
+        both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, has_lookup=True)
         found = engine.generate_ids(PROMPTS, seeds=[0, 1], controller=both)
         assert [generation.token_ids for generation in found] == expected
         logs.append([(generation.drafted, generation.accepted) for generation in found])

@@ -62,7 +62,8 @@ def test_drafts_are_what_counting_by_hand_gives(max_draft):
     for i, text in enumerate(texts):
         drafts = drafts_by_hand(TEXTS, text, min(max_draft, 4))
         assert found.tokens[i, : found.count[i]].tolist() == drafts
-        assert found.matched[i] == (by_hand(TEXTS, text)[2] if drafts else 0)
+        if drafts:
+            np.testing.assert_allclose(found.chance[i, 0], ngrams._TRUST * max(1, round(15 * by_hand(TEXTS, text)[1])) / 15, rtol=1e-6)
         counts.add(len(drafts))
     assert {0, 1, 2} <= counts
 
@@ -82,7 +83,7 @@ def test_a_small_table_keeps_what_is_right_most_often():
 
 def test_an_empty_table_knows_nothing():
     found = ngrams.look_up(ngrams.build([], 16), jnp.array([[7, 0]]), jnp.array([2]), 3)
-    assert (found.count[0], found.matched[0]) == (0, 0)
+    assert found.count[0] == 0
 
 
 def test_share_of_foretold_tokens():
@@ -92,16 +93,17 @@ def test_share_of_foretold_tokens():
     assert ngrams.foretold(entries, [[5]]) == 0
 
 
-def test_a_good_match_in_the_text_comes_first():
-    entries = ngrams.build([[1, 2]] * 9, 64)
-    text = jnp.array([[4, 1]] * 3)
-    found = Lookup(jnp.full((3, 2), 8), jnp.array([2, 2, 0]), jnp.array([2, 1, 0]))
-    filled = ngrams.fill_in(found, entries, text, jnp.full(3, 2), longest_match=3)
-    assert filled.tokens[:, 0].tolist() == [8, 2, 2]
-    assert filled.matched.tolist() == [2, 3 + 1, 3 + 1]
-    assert filled.count.tolist() == [2, 1, 1]
-    unknown = ngrams.fill_in(found, entries, text.at[:, 1].set(6), jnp.full(3, 2), longest_match=3)
-    assert unknown.matched.tolist() == [2, 1, 0]
+def test_of_text_and_table_the_more_promising_is_taken():
+    entries = ngrams.build([[1, 2]] * 9, 64)  # 2 follows 1 in 9 of 10 cases
+    text = jnp.array([[4, 1]] * 4)
+    found = Lookup(jnp.full((4, 2), 8), jnp.array([2, 2, 1, 0]), jnp.array([[0.6, 0.9], [0.2, 0.9], [0.5, 0.9], [0.9, 0.9]]))
+    filled = ngrams.fill_in(found, entries, text, jnp.full(4, 2))
+    assert filled.tokens[:, 0].tolist() == [8, 2, 2, 2]
+    assert filled.count.tolist() == [2, 1, 1, 1]
+    np.testing.assert_allclose(filled.chance[:, 0], [0.6, *[ngrams._TRUST * 14 / 15] * 3], rtol=1e-6)
+    unknown = ngrams.fill_in(found, entries, text.at[:, 1].set(6), jnp.full(4, 2))
+    assert unknown.count.tolist() == found.count.tolist()
+    np.testing.assert_array_equal(unknown.tokens, found.tokens)
 
 
 def test_greedy_text_is_that_of_plain_decoding():
@@ -114,12 +116,12 @@ def test_greedy_text_is_that_of_plain_decoding():
     known = [*plain[:2], RNG.integers(0, 300, size=400).tolist()]
     lm = Engine(model, options, Drafter(None, draft, Calibration(), trained=False, ngrams=ngrams.build(known, ROOMY)))
     prior = {"prior_alpha": 1.0, "prior_beta": 1.0, "discount": 1.0, "idle_discount": 1.0}
-    arms = Arms(None, lm.drafter.match_kinds, exit_cost=(1.0,) * 4, look_cost=(1.0, 1.01, 1.02, 1.03), **prior)
+    arms = Arms(None, exit_cost=(1.0,) * 4, look_cost=(1.0, 1.01, 1.02, 1.03), **prior)
     generations = lm.generate_ids(prompts, seeds=[0] * 4, controller=arms)
     assert [text.token_ids for text in generations] == plain
     # Texts that it knows take few rounds from the first token on.
     without = Engine(model, options, lm.drafter._replace(ngrams=None))
-    same = Arms(None, 2, exit_cost=(1.0,) * 4, look_cost=(1.0, 1.01, 1.02, 1.03), **prior)
+    same = Arms(None, exit_cost=(1.0,) * 4, look_cost=(1.0, 1.01, 1.02, 1.03), **prior)
     before = without.generate_ids(prompts[:2], seeds=[0] * 2, controller=same)
     assert sum(text.rounds for text in generations[:2]) < sum(text.rounds for text in before)
 
@@ -154,7 +156,7 @@ def test_loading_a_model_with_a_table(tmp_path):
     vocab_size = eesd_jax.load("tiny", exit_branch="none", ngrams="none").model.config.vocab_size
     ngram_file.save_ngrams(path, ngrams.build(TEXTS, 64), vocab_size, {})
     lm = eesd_jax.load("tiny", exit_branch="none", ngrams=str(path))
-    assert lm.drafter.match_kinds == lm.drafter.draft.longest_match + ngrams.ORDER
+    np.testing.assert_array_equal(lm.drafter.ngrams, ngrams.build(TEXTS, 64))
     assert eesd_jax.load("tiny", exit_branch="none", ngrams=str(path), arms=["exit"]).drafter is None
     greedy = lm.generate("hello", chat=False, max_new_tokens=12, controller="fixed:2")
     assert greedy.token_ids == lm.generate("hello", chat=False, max_new_tokens=12, controller="plain").token_ids

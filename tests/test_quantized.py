@@ -187,7 +187,7 @@ def texts(engine: Engine, controller: Controller | None = None) -> list[list[int
 def test_greedy_speculation_says_what_the_quantised_model_says(kind):
     """By the kernels of a CPU, by XLA, and on a mesh; and that is not what the model says as it is."""
     costs = RoundCosts(exit=(1.0, 1.0, 1.0), look_up=(1.0, 1.0, 1.0))  # not those of this machine, which depend on what else it does
-    both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, longest_match=LONGEST_MATCH)
+    both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, has_lookup=True)
     plain = texts(make_engine(kind))
     assert texts(make_engine(kind), both) == plain
     assert texts(make_engine(kind, coded=False), both) == plain

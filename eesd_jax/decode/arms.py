@@ -1,12 +1,12 @@
-"""Which source drafts in a round: the exit branch, lookup in the text, or nothing; a Thompson bandit with a posterior for each (ours).
+"""Which source drafts in a round: the exit branch, lookup in the text, or nothing (a bandit; ours).
 
-Each row holds a Beta posterior of a draft's acceptance for the exit branch, and one for looked-up drafts by the length of their match, in
-the text or in the table of n-grams, which says much about them. Those by length begin around what the row has seen of all lengths together,
-so that a text that never repeats itself soon costs nothing. A round draws from all of them, and takes, of all pairs of lengths (one for the
-rows that the branch drafts for, one for those with looked-up drafts), the pair with the least measured time per expected token. Where the
-branch is chosen, its own controller says when to stop.
+Each row holds a Beta posterior of the acceptance of the branch's drafts, and a round draws from it (Thompson sampling). Looked-up drafts
+say themselves how likely they are (`lookup.py`, `ngrams.py`); by how much a row's text is easier or harder than that, its drafts so far
+tell, as a difference of log odds. So a text in which no such draft is right soon costs nothing. Of all pairs of lengths (one for the rows
+that the branch drafts for, one for those with looked-up drafts) the bandit takes the pair with the least measured time per expected token.
+Where the branch is chosen, its own controller says when to stop.
 
-Axes: B rows, M + 1 kinds of a match (0: none), L = K + 1 lengths of a draft.
+Axes: B rows, K drafts at most, L = K + 1 lengths of a draft.
 """
 
 import dataclasses
@@ -16,38 +16,41 @@ import jax
 import jax.numpy as jnp
 
 from eesd_jax.decode.controllers import Controller
-from eesd_jax.decode.lookup import Lookup
+from eesd_jax.decode.lookup import Lookup, expected_drafts
 
-# Chosen by replaying lookup on greedy texts of the built-in model: about as fast as priors that try more, and a text in which no looked-up
-# draft is ever right loses less than 1%.
-POOL_PRIOR = (0.4, 1.0)  # alpha and beta of all lengths together
-POOL_WEIGHT = 6.0  # drafts that the pool's mean counts as in the prior of each length
+# Chosen by replaying answers of the built-in model, greedy and sampled, and random texts, in which lookup is never right. A draw, as for
+# the branch, cost 1% there: drafts that are tried anyway teach enough about the others.
+LOOK_WEIGHT = 2.0  # drafts as expected that every text begins with
+LOOK_MEAN = 0.3  # of which so many were right
 LOOK_DISCOUNT = 0.985
+_LEAST_CHANCE = 1e-3
 
 
 class ArmsState(NamedTuple):
     """exit_alpha, exit_beta: float32 [B]. inner: of the branch's controller, or None.
 
-    look_accepted, look_refused: float32 [B, M + 1], discounted counts of looked-up drafts by the length of their match; of all in place 0.
+    look_tested, look_hoped, look_accepted: float32 [B], discounted counts of looked-up drafts whose turn came, of how many of them were
+    expected to be right, and of how many were.
     """
 
     exit_alpha: jax.Array
     exit_beta: jax.Array
+    look_tested: jax.Array
+    look_hoped: jax.Array
     look_accepted: jax.Array
-    look_refused: jax.Array
     inner: Any
 
 
 class ArmsPlan(NamedTuple):
     """What a round follows, per row.
 
-    look_up: int32 [B], looked-up drafts, 0 for none. branch: bool [B], whether the exit branch drafts. matched: int32 [B], see `Lookup`.
-    inner: the plan of the branch's controller.
+    look_up: int32 [B], looked-up drafts, 0 for none. branch: bool [B], whether the exit branch drafts. chance: float32 [B, K], see
+    `Lookup`. inner: the plan of the branch's controller.
     """
 
     look_up: jax.Array
     branch: jax.Array
-    matched: jax.Array
+    chance: jax.Array
     inner: Any
 
 
@@ -57,20 +60,23 @@ def expected_tokens(theta: jax.Array, lengths_L: jax.Array) -> jax.Array:
     return jnp.cumsum(jnp.where(lengths_L == 0, 1.0, theta ** jnp.maximum(lengths_L, 1)), axis=-1)
 
 
+def _log_odds(chance: jax.Array) -> jax.Array:
+    chance = jnp.clip(chance, _LEAST_CHANCE, 1 - _LEAST_CHANCE)
+    return jnp.log(chance) - jnp.log1p(-chance)
+
+
 @dataclasses.dataclass(frozen=True)
 class Arms:
     """A bandit over sources.
 
     Attributes:
       inner: the controller of the exit branch; None where only lookup drafts.
-      longest_match: M; beside a table of n-grams with their order added.
       exit_cost, look_cost: seconds of a round with 0, 1, ... K drafts of the branch, and with as many looked-up ones.
       prior_alpha, prior_beta, discount, idle_discount: as in `Beta`, of the branch's posterior.
       fixed: looked-up drafts wherever there is a match, whatever they cost; None to choose.
     """
 
     inner: Controller | None
-    longest_match: int
     exit_cost: tuple[float, ...]
     look_cost: tuple[float, ...]
     prior_alpha: float
@@ -80,29 +86,28 @@ class Arms:
     fixed: int | None = None
 
     def init(self, batch: int) -> ArmsState:
-        shape = (batch, self.longest_match + 1)
         # Each array has memory of its own, because the loop is given all of it.
         alpha, beta = (jnp.full(batch, prior, jnp.float32) for prior in (self.prior_alpha, self.prior_beta))
-        accepted, refused = (jnp.zeros(shape, jnp.float32) for _ in range(2))
-        return ArmsState(alpha, beta, accepted, refused, None if self.inner is None else self.inner.init(batch))
+        counts = (jnp.zeros(batch, jnp.float32) for _ in range(3))
+        return ArmsState(alpha, beta, *counts, None if self.inner is None else self.inner.init(batch))
 
-    def look_posterior(self, state: ArmsState, matched_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Alpha and beta of drafts behind matches of that length, float32 [B]."""
-        pool_B = _pool_mean(state)
-        accepted, refused = (jnp.take_along_axis(x, matched_B[:, None], axis=1)[:, 0] for x in (state.look_accepted, state.look_refused))
-        return accepted + POOL_WEIGHT * pool_B, refused + POOL_WEIGHT * (1 - pool_B)
+    def look_chance(self, state: ArmsState, chance_BxK: jax.Array) -> jax.Array:
+        """The chance of looked-up drafts, corrected by what the row's drafts have taught, float32 [B, K]."""
+        hoped = (state.look_hoped + LOOK_WEIGHT * LOOK_MEAN) / (state.look_tested + LOOK_WEIGHT)
+        shift_B = _log_odds(_look_mean(state)) - _log_odds(hoped)
+        return jax.nn.sigmoid(_log_odds(chance_BxK) + shift_B[:, None])
 
     def propose(self, keys_B: jax.Array, state: ArmsState, running_B: jax.Array, found: Lookup) -> ArmsPlan:
         """Draws from the posteriors and chooses; `found` is what lookup has to offer."""
-        exit_keys, look_keys, inner_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
+        exit_keys, inner_keys = jax.vmap(jax.random.split, out_axes=1)(keys_B)
         inner = None if self.inner is None else self.inner.propose(inner_keys, state.inner, running_B)
         nobody = jnp.zeros(running_B.shape, bool)
         if self.fixed is not None:
             count = jnp.where(running_B, jnp.minimum(found.count, self.fixed), 0)
-            return ArmsPlan(count, nobody, found.matched, inner)
+            return ArmsPlan(count, nobody, found.chance, inner)
         lengths_L = jnp.arange(len(self.look_cost))
-        look_theta = jax.vmap(jax.random.beta)(look_keys, *self.look_posterior(state, found.matched))
-        look_tokens = expected_tokens(look_theta, lengths_L)  # [B, L]
+        right_BxK = expected_drafts(self.look_chance(state, found.chance))
+        look_tokens = 1 + jnp.pad(right_BxK, ((0, 0), (1, 0)))  # [B, L]
         # A row offers no more than it found.
         look_tokens = jnp.take_along_axis(look_tokens, jnp.minimum(lengths_L, found.count[:, None]), axis=1)
         look_cost = jnp.array(self.look_cost, jnp.float32)
@@ -122,7 +127,7 @@ class Arms:
         exit_gain, look_gain = exit_tokens[:, exit_length], look_tokens[:, look_length]
         looks = running_B & (look_length > 0) & (found.count > 0) & (look_gain >= exit_gain)
         branch = running_B & (exit_length > 0) & ~looks
-        return ArmsPlan(jnp.where(looks, jnp.minimum(look_length, found.count), 0), branch, found.matched, inner)
+        return ArmsPlan(jnp.where(looks, jnp.minimum(look_length, found.count), 0), branch, found.chance, inner)
 
     def keep_drafting(self, keys_B: jax.Array, plan: ArmsPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, ArmsPlan]:
         """Whether the branch drafts on; never in rows with looked-up drafts."""
@@ -135,8 +140,8 @@ class Arms:
         """Counts go to the source that drafted; a round without the branch lets its evidence fade a little."""
         failed_B = jnp.minimum(drafted_B - accepted_B, 1)
         looked = (plan.look_up > 0) & (drafted_B > 0)
-        lengths = jnp.arange(self.longest_match + 1)
-        ours = looked[:, None] & ((lengths == plan.matched[:, None]) | (lengths == 0))
+        tested_B = accepted_B + failed_B  # what lies behind the first rejection was not tested
+        hoped_B = jnp.sum(jnp.where(jnp.arange(plan.chance.shape[1]) < tested_B[:, None], plan.chance, 0.0), axis=1)
         by_branch = ~looked & (drafted_B > 0)
 
         def learn(count: jax.Array, prior: float, seen: jax.Array) -> jax.Array:
@@ -151,20 +156,21 @@ class Arms:
         return ArmsState(
             learn(state.exit_alpha, self.prior_alpha, accepted_B),
             learn(state.exit_beta, self.prior_beta, failed_B),
-            jnp.where(ours, LOOK_DISCOUNT * state.look_accepted + accepted_B[:, None], state.look_accepted),
-            jnp.where(ours, LOOK_DISCOUNT * state.look_refused + failed_B[:, None], state.look_refused),
+            *(
+                jnp.where(looked, LOOK_DISCOUNT * count + seen, count)
+                for count, seen in ((state.look_tested, tested_B), (state.look_hoped, hoped_B), (state.look_accepted, accepted_B))
+            ),
             inner,
         )
 
     def mean(self, state: ArmsState) -> jax.Array:
         """Of the branch's drafts, as its own controller sees it; without a branch, of looked-up drafts."""
-        return _pool_mean(state) if self.inner is None else self.inner.mean(state.inner)
+        return _look_mean(state) if self.inner is None else self.inner.mean(state.inner)
 
 
-def _pool_mean(state: ArmsState) -> jax.Array:
-    """Posterior mean of the acceptance of looked-up drafts, whatever their match, float32 [B]."""
-    alpha, beta = (count[:, 0] + prior for count, prior in zip((state.look_accepted, state.look_refused), POOL_PRIOR, strict=True))
-    return alpha / (alpha + beta)
+def _look_mean(state: ArmsState) -> jax.Array:
+    """Acceptance of looked-up drafts, float32 [B]."""
+    return (state.look_accepted + LOOK_WEIGHT * LOOK_MEAN) / (state.look_tested + LOOK_WEIGHT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +181,7 @@ class ForcedArms:
         return jnp.zeros(batch, jnp.int32)
 
     def propose(self, keys_B: jax.Array, state: jax.Array, running_B: jax.Array, found: Lookup) -> ArmsPlan:
-        return ArmsPlan(jnp.maximum(-state, 0), state > 0, found.matched, state)
+        return ArmsPlan(jnp.maximum(-state, 0), state > 0, found.chance, state)
 
     def keep_drafting(self, keys_B: jax.Array, plan: ArmsPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, ArmsPlan]:
         return k < plan.inner, plan

@@ -95,7 +95,7 @@ def _draft(
     if draft.longest_match:
         found = look_up(state.tokens, state.length, draft.longest_match, max_draft)
         if ngrams_E is not None:
-            found = ngrams.fill_in(found, ngrams_E, state.tokens, state.length, draft.longest_match)
+            found = ngrams.fill_in(found, ngrams_E, state.tokens, state.length)
         plan = controller.propose(plan_keys, state.draft.controller, running, found)
         looked = jnp.minimum(plan.look_up, jnp.minimum(useful, max_draft))
         tokens = jnp.where(jnp.arange(max_draft) < looked[:, None], found.tokens, nothing)
