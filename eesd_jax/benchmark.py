@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import itertools
+import json
 import os
 import statistics
 import time
@@ -66,6 +67,12 @@ def make_batches(conversations: Sequence[Conversation], batch_size: int) -> list
     ]
 
 
+def prompts_sha256(conversations: Sequence[Conversation]) -> str:
+    """Part of a hash of all that is asked."""
+    content = json.dumps([[c.id, c.category, c.history, c.turns] for c in conversations]).encode()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
 @dataclasses.dataclass(frozen=True)
 class Options:
     """How prompts are answered, the same for all controllers.
@@ -102,7 +109,7 @@ def run_all(
         for index, batch in enumerate(batches):
             histories = {place: list(conversation.history) for place, conversation in batch.conversations.items()}
             for turn in range(batch.turns):
-                prompts = _next_prompts(engine, batch, histories, turn, options.chat, warn)
+                prompts = next_prompts(engine, batch, histories, turn, options.chat, warn)
                 if not prompts:
                     break
                 shift = next(rotation) % len(names)
@@ -122,7 +129,7 @@ def run_all(
                     histories[place].append({"role": "assistant", "content": answer.text})
 
 
-def _next_prompts(
+def next_prompts(
     engine: Engine, batch: Batch, histories: dict[int, list[dict[str, str]]], turn: int, chat: bool, warn: Callable[[str], None]
 ) -> dict[int, list[int]]:
     """Token ids of a turn's prompts, by place in the file; a conversation that no longer fits loses its history and ends here."""

@@ -112,6 +112,22 @@ class Journal:
         except OSError as error:
             raise UserError(f"cannot use {str(path)!r} ({error.strerror}); expected a folder that can be written to") from None
 
+    @classmethod
+    def read(cls, path: pathlib.Path) -> "Journal":
+        """What a benchmark has written there, with whatever settings.
+
+        Raises:
+          UserError: nothing was, or something else.
+        """
+        try:
+            with open(path, "rb") as file:
+                settings = json.loads(file.readline())["settings"]
+        except OSError as error:
+            raise UserError(f"cannot read {str(path)!r} ({error.strerror}); expected what infer/benchmark.py wrote") from None
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{str(path)!r} was not written by infer/benchmark.py; expected what it wrote") from None
+        return cls(path, settings)
+
     def _parse(self, line: bytes, number: int) -> dict[str, Any]:
         try:
             entry = json.loads(line)

@@ -6,8 +6,6 @@ python infer/benchmark.py --prompts=questions.jsonl --exit_branch=FOLDER --arms=
 Every run is kept in OUTPUT_DIR/runs.jsonl as soon as it is finished: the same command, started again, goes on where it stopped.
 """
 
-import hashlib
-import json
 import os
 import pathlib
 import sys
@@ -89,14 +87,15 @@ def check_flags() -> list[str]:
 
 def flag_settings(names: Sequence[str], conversations: Sequence[Conversation]) -> dict[str, Any]:
     """What the flags say that the results depend on."""
-    content = json.dumps([[c.id, c.category, c.history, c.turns] for c in conversations]).encode()
+    from eesd_jax.benchmark import prompts_sha256
+
     flag_names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mesh")
     return {
         "model": model_name(),
         "controllers": list(names),
         "prompts": os.path.basename(FLAGS.prompts),
         "conversations": len(conversations),
-        "prompts_sha256": hashlib.sha256(content).hexdigest()[:16],
+        "prompts_sha256": prompts_sha256(conversations),
         **{name: FLAGS[name].value for name in flag_names},
     }
 
