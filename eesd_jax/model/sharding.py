@@ -3,6 +3,7 @@
 Mesh axes: `data` (replicas, across slices), `fsdp` (weights split over their embed axis), `tensor` (heads, mlp and vocabulary).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,7 +14,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, quantized
+from eesd_jax.model import cpu_calls, llama, quantized
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.quantized import Quantized
 
@@ -93,9 +94,11 @@ def decode_rows_home(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
+@functools.cache
 def abstract_params(config: ModelConfig) -> llama.Params:
     """Boxed shapes (`jax.ShapeDtypeStruct`) and logical axes of every weight; nothing is allocated."""
-    return jax.eval_shape(lambda key: llama.init(config, key), jax.random.key(0))
+    with cpu_calls.on_mesh(True):  # no kernel is compiled only to learn shapes
+        return jax.eval_shape(lambda key: llama.init(config, key), jax.random.key(0))
 
 
 def param_shardings(config: ModelConfig, mesh: Mesh, quantize: str = NOT_QUANTIZED) -> llama.Params:

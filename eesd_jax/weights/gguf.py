@@ -31,6 +31,7 @@ _BLOCK_NAMES = {
 }
 _ROPE_FACTORS = "rope_freqs.weight"
 _PIECE = 256  # rows dequantized at once
+_TOGETHER = 16  # of them as one row
 _ALIGNMENT = 64  # bytes
 _REQUIRED_FIELDS = (
     "block_count",
@@ -127,7 +128,10 @@ class GGUFSource:
         rows = data.reshape(len(raw_rows), -1)
         try:
             for first in range(0, len(rows), _PIECE):
-                rows[first : first + _PIECE] = gguf.dequantize(raw_rows[first : first + _PIECE], tensor.tensor_type)
+                piece = raw_rows[first : first + _PIECE]
+                # The package takes 16 rows at a time; here every row is several, which whole blocks allow.
+                longer = piece.reshape(len(piece) // math.gcd(len(piece), _TOGETHER), -1)
+                rows[first : first + _PIECE] = gguf.dequantize(longer, tensor.tensor_type).reshape(len(piece), -1)
         except NotImplementedError:
             raise UserError(
                 f"{self.description}: tensor {tensor.name} has type {tensor.tensor_type.name}, which the gguf package cannot dequantize"
