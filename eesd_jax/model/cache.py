@@ -5,6 +5,7 @@ conditionals (`lax.switch` copies what its branches return) and lets one write s
 length says what is valid, and masks look at lengths.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -46,15 +47,17 @@ def write(cache: KVCache, new: KVCache, start_B: jax.Array, after: jax.Array) ->
     # Zero, but XLA does not know: it cannot rule out a NaN. Each row looks at its own, so that devices need not tell each other.
     start_B = start_B + jnp.isnan(after[:, *[0] * (after.ndim - 1)]).astype(jnp.int32)
 
-    def write_rows(old: jax.Array, entries: jax.Array, slot_axis: int) -> jax.Array:
-        def write_row(old_row: jax.Array, entry: jax.Array, start: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_update_slice_in_dim(old_row, entry, start, slot_axis)
-
-        return jax.vmap(write_row)(old, entries, start_B)
-
-    keys = tuple(write_rows(old, entries, 2) for old, entries in zip(cache.k, new.k, strict=True))
-    values = tuple(write_rows(old, entries, 1) for old, entries in zip(cache.v, new.v, strict=True))
+    keys = tuple(_write_rows(old, entries, start_B, 2) for old, entries in zip(cache.k, new.k, strict=True))
+    values = tuple(_write_rows(old, entries, start_B, 1) for old, entries in zip(cache.v, new.v, strict=True))
     return KVCache(keys, values)
+
+
+@functools.partial(jax.jit, static_argnums=3, inline=True)  # traced once for all blocks
+def _write_rows(old: jax.Array, entries: jax.Array, start_B: jax.Array, slot_axis: int) -> jax.Array:
+    def write_row(old_row: jax.Array, entry: jax.Array, start: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_slice_in_dim(old_row, entry, start, slot_axis)
+
+    return jax.vmap(write_row)(old, entries, start_B)
 
 
 def pad(entries: KVCache, slots: int) -> KVCache:
