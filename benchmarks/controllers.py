@@ -31,7 +31,7 @@ from eesd_jax import cli
 from eesd_jax.config import ControllerConfig
 from eesd_jax.control import build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
-from eesd_jax.decode.controllers import Calibration, Controller, Fixed, Forced
+from eesd_jax.decode.controllers import Calibration, Controller, Fixed
 from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -257,12 +257,12 @@ def compare(controllers: dict[str, Controller], cost: tuple[float, ...], texts: 
     text_GxBxT, costs = games(texts, batch), jnp.array(cost, jnp.float32)
     keys_GxB = jax.random.split(jax.random.key(seed), text_GxBxT.accepted.shape[:2])
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def run(controller: Controller, state: Any) -> Played:
-        return jax.vmap(lambda text, keys: play(controller, state, costs, text, keys))(text_GxBxT, keys_GxB)
+    @jax.jit
+    def run(controller: Controller) -> Played:
+        return jax.vmap(lambda text, keys: play(controller, controller.init(batch), costs, text, keys))(text_GxBxT, keys_GxB)
 
-    results = {length: run(Forced(), jnp.full(batch, length, jnp.int32)) for length in range(len(cost))}
-    results |= {name: run(controller, controller.init(batch)) for name, controller in controllers.items()}
+    results = {length: run(Fixed(length)) for length in range(len(cost))}
+    results |= {name: run(controller) for name, controller in controllers.items()}
     results["clairvoyant"] = jax.jit(jax.vmap(functools.partial(play_clairvoyant, costs)))(text_GxBxT)
     return {name: by_process(played) for name, played in results.items()}
 

@@ -33,7 +33,7 @@ import eesd_jax
 from eesd_jax import cli, control, cost_table, report
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import verify
-from eesd_jax.decode.controllers import Calibration, Controller, Forced
+from eesd_jax.decode.controllers import Calibration, Controller, Fixed
 from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import Engine
@@ -49,35 +49,30 @@ flags.DEFINE_integer("repeats", 9, "Times that each is timed; the median counts.
 flags.DEFINE_string("output", None, "File to write the result to (JSON).")
 
 
-class Led(NamedTuple):
-    """length: int32 [B], drafts of a round. inner: state or plan of the controller that is led."""
-
-    length: jax.Array
-    inner: Any
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Leading:
-    """Drafts as many tokens as its state says, and computes nevertheless all that another controller would."""
+    """Always `length` drafts, and nevertheless all that another controller computes."""
 
     inner: Controller
+    length: int
 
-    def init(self, batch: int) -> Led:
-        return Led(jnp.zeros(batch, jnp.int32), self.inner.init(batch))
+    def init(self, batch: int) -> Any:
+        return self.inner.init(batch)
 
-    def propose(self, keys_B: jax.Array, state: Led, running_B: jax.Array) -> Led:
-        return Led(state.length, self.inner.propose(keys_B, state.inner, running_B))
+    def propose(self, keys_B: jax.Array, state: Any, running_B: jax.Array) -> Any:
+        return self.inner.propose(keys_B, state, running_B)
 
-    def keep_drafting(self, keys_B: jax.Array, plan: Led, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, Led]:
-        wanted, inner = self.inner.keep_drafting(keys_B, plan.inner, k, confidence_B)
+    def keep_drafting(self, keys_B: jax.Array, plan: Any, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, Any]:
+        wanted, plan = self.inner.keep_drafting(keys_B, plan, k, confidence_B)
         # A confidence is never negative, but XLA does not know, and computes `wanted`.
-        return jnp.where(confidence_B < 0, wanted, k < plan.length), Led(plan.length, inner)
+        return jnp.where(confidence_B < 0, wanted, k < self.length), plan
 
-    def update(self, state: Led, plan: Led, drafted_B: jax.Array, accepted_B: jax.Array) -> Led:
-        return Led(state.length, self.inner.update(state.inner, plan.inner, drafted_B, accepted_B))
+    def update(self, state: Any, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array) -> Any:
+        return self.inner.update(state, plan, drafted_B, accepted_B)
 
-    def mean(self, state: Led) -> jax.Array:
-        return self.inner.mean(state.inner)
+    def mean(self, state: Any) -> jax.Array:
+        return self.inner.mean(state)
 
 
 def greedy(batch: int) -> Sampling:
@@ -243,12 +238,12 @@ class Sample(NamedTuple):
 
 
 def made_up_controller(name: str, max_draft: int) -> Controller:
-    """The controller of that name, led; `forced` for one that computes nothing."""
+    """The controller of that name; `forced` for one that computes nothing."""
     if name == "forced":
-        return Leading(Forced())
+        return Fixed(0)
     costs = cost_table.RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
     spec = control.parse_controller(name, max_draft)
-    return Leading(control.build_controller(spec, ControllerConfig(), Calibration(), costs))
+    return control.build_controller(spec, ControllerConfig(), Calibration(), costs)
 
 
 def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeats: int) -> dict[tuple[str, int], list[Sample]]:
@@ -261,15 +256,13 @@ def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeat
     start_state = functools.partial(engine.prefill, prompts, [0] * batch, batch, budget)
 
     def time_part(name: Any) -> float:
-        state = jax.block_until_ready(start_state(Leading(Forced())))
+        state = jax.block_until_ready(start_state(Fixed(0)))
         # A short part is repeated more often, so that starting the program counts for as little as in a loop of rounds.
         often = steps * (8 if name in ("early", "exit") else 1)
         return seconds_of(lambda: parts[name](state, jnp.int32(often))) / often
 
-    def time_round(controller: Leading, drafts: int) -> float:
-        state = start_state(controller)
-        led = state.draft.controller._replace(length=jnp.full(batch, drafts, jnp.int32))
-        state = jax.block_until_ready(state._replace(draft=state.draft._replace(controller=led)))
+    def time_round(controller: Leading) -> float:
+        state = jax.block_until_ready(start_state(controller))
         return seconds_of(lambda: engine.decode(state, SamplingConfig(), controller, steps)) / steps
 
     samples: dict[tuple[str, int], list[Sample]] = {}
@@ -277,8 +270,8 @@ def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeat
         for drafts in range(draft.max_draft + 1):
             others = ("early", "exit", ("verify", width_for(draft, drafts)))
             for name, controller in controllers.items():
-                asked = seconds_of(lambda c=controller.inner, k=drafts: ask(c, k, batch, jnp.int32(steps))) / steps
-                sample = Sample(time_round(controller, drafts), time_part(("bare", drafts)), *map(time_part, others), asked)
+                asked = seconds_of(lambda c=controller, k=drafts: ask(c, k, batch, jnp.int32(steps))) / steps
+                sample = Sample(time_round(Leading(controller, drafts)), time_part(("bare", drafts)), *map(time_part, others), asked)
                 if repeat > 0:  # the first time compiles
                     samples.setdefault((name, drafts), []).append(sample)
     return samples

@@ -28,8 +28,7 @@ from eesd_jax import cost_table
 from eesd_jax.config import SamplingConfig
 from eesd_jax.control import PLAIN
 from eesd_jax.conversations import encode
-from eesd_jax.decode.arms import ForcedArms
-from eesd_jax.decode.controllers import Controller, Forced
+from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
@@ -219,11 +218,11 @@ def _last_logits(config: ModelConfig, params: llama.Params, state: DecodeState) 
 def measure_costs(engine: Engine, batch: int) -> Costs:
     """What a round and a plain step cost; the plain step is timed in turns with a round that drafts nothing, and relative to it."""
     costs = cost_table.round_costs(engine, batch)
-    endless = type(engine)(engine.model._replace(eos_ids=()), engine.decode_config, engine.drafter)
+    endless = cost_table.endless(engine)
     prompts = [[i % engine.model.config.vocab_size for i in range(1, cost_table.PROMPT_TOKENS + 1)]] * batch
     steps = 2 * cost_table.ROUNDS
     budget = max(engine.decode_config.max_new_tokens, steps + 1)
-    forced = ForcedArms() if engine.drafter.draft.longest_match else Forced()  # drafts nothing unless told to
+    forced = cost_table.forced(engine, 0)
     ratios = []
     for repeat in range(cost_table.REPEATS + 1):
         seconds = {}

@@ -3,6 +3,7 @@
 Speculation pays by the ratio of these to each other, which differs from machine to machine; kept values also make a seed reproduce.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -16,12 +17,10 @@ import warnings
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from eesd_jax import processes
-from eesd_jax.config import SamplingConfig
-from eesd_jax.decode.arms import ForcedArms
-from eesd_jax.decode.controllers import Forced
+from eesd_jax import control, processes
+from eesd_jax.config import ControllerConfig, SamplingConfig
+from eesd_jax.decode.controllers import Controller, Fixed
 from eesd_jax.hardware import cpu_name
 from eesd_jax.model import sharding
 from eesd_jax.weights import hub
@@ -67,28 +66,52 @@ def _agreed(costs: RoundCosts | None, engine: "Engine") -> RoundCosts | None:
     return values and RoundCosts(*(tuple(of_kind) for of_kind in values))
 
 
+def endless(engine: "Engine") -> "Engine":
+    """The same engine, whose texts end by nothing but their budget; of its programs none is compiled anew."""
+    no_token = -1
+    return type(engine)(engine.model._replace(eos_ids=(no_token,) * len(engine.model.eos_ids)), engine.decode_config, engine.drafter)
+
+
+def forced(engine: "Engine", drafts: int) -> Controller:
+    """Drafts so many tokens, of the branch, or, where it is negative, of lookup, right or wrong.
+
+    Where lookup drafts it is the controller `cost_aware`, so that what is compiled to measure is there when texts are generated.
+    """
+    drafter, draft = engine.drafter, engine.drafter.draft
+    if not draft.longest_match:
+        return Fixed(drafts)
+    any_costs = (1.0,) * (draft.max_draft + 1)
+    arms = control.build_controller(
+        control.parse_controller("cost_aware", draft.max_draft),
+        ControllerConfig(),
+        drafter.calibration,
+        RoundCosts(any_costs, any_costs),
+        has_branch=drafter.branch is not None,
+        has_lookup=True,
+    )
+    return dataclasses.replace(arms, forced=drafts)
+
+
 def measure(engine: "Engine", batch: int) -> RoundCosts:
     """Times rounds of the real program, greedy, with the number of drafts forced.
 
     Lengths take turns, so that a drift of the machine's speed does not favour one. Without a branch its costs are those of a round
     without drafts.
     """
-    endless = type(engine)(engine.model._replace(eos_ids=()), engine.decode_config, engine.drafter)
-    draft = engine.drafter.draft
+    timed, draft = endless(engine), engine.drafter.draft
     prompts = [[i % engine.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
-    controller = ForcedArms() if draft.longest_match else Forced()
     lengths = range(draft.max_draft + 1)
-    forced = [*lengths, *(-length for length in lengths if length and draft.longest_match)]  # negative: from lookup
+    signed = [*lengths, *(-length for length in lengths if length and draft.longest_match)]  # negative: from lookup
     if engine.drafter.branch is None:
-        forced = [length for length in forced if length <= 0]
-    times: dict[int, list[float]] = {length: [] for length in forced}
+        signed = [length for length in signed if length <= 0]
+    times: dict[int, list[float]] = {length: [] for length in signed}
     for repeat in range(REPEATS + 1):
-        for length in forced:
-            state = endless.prefill(prompts, [0] * batch, batch, _budget(engine), controller)
-            state = state._replace(draft=state.draft._replace(controller=jnp.full(batch, length, jnp.int32, device=endless.rows_home)))
-            state = jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, 1))
+        for length in signed:
+            controller = forced(engine, length)
+            state = timed.prefill(prompts, [0] * batch, batch, _budget(engine), controller)
+            state = jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, 1))
             start = time.perf_counter()
-            jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, ROUNDS))
+            jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, ROUNDS))
             if repeat > 0:  # the first time compiles
                 times[length].append((time.perf_counter() - start) / ROUNDS)
     medians = {length: statistics.median(values) for length, values in times.items()}

@@ -31,7 +31,7 @@ from eesd_jax.config import (
     check_quantize,
 )
 from eesd_jax.decode import loop, speculative
-from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.decode.controllers import Calibration, Controller, as_argument
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.errors import UserError
@@ -50,7 +50,7 @@ _FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOPPED: "stop"}
 
 _prefill = jax.jit(loop.prefill, static_argnames=("config", "exit_layer", "capacity", "chunk"))
 # Jitted so that what it adds lies where the rest of the state does: a program compiles again for arrays that are placed otherwise.
-_start_drafting = jax.jit(speculative.start_drafting, static_argnames=("controller",))
+_start_drafting = jax.jit(speculative.start_drafting)
 _row_keys = jax.jit(jax.vmap(jax.random.key))
 
 
@@ -61,7 +61,7 @@ def _decode_plain(
     return loop.decode(functools.partial(loop.plain_step, config, eos_ids, params, sampling), state, max_steps)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "draft", "controller"), donate_argnames=("state",))
+@functools.partial(jax.jit, static_argnames=("config", "draft"), donate_argnames=("state",))
 def _decode_speculative(
     config: ModelConfig,
     draft: DraftConfig,
@@ -387,7 +387,7 @@ class Engine:
             )
         if controller is None:
             return state
-        state = _start_drafting(state, exits, controller)
+        state = _start_drafting(state, exits, as_argument(controller))
         # What it adds lies where the rest of a row does: for arrays that lie elsewhere the program would be compiled again.
         added = self._place_rows(state.draft._replace(exit_cache=None))
         return state._replace(draft=added._replace(exit_cache=state.draft.exit_cache))
@@ -402,7 +402,7 @@ class Engine:
                 return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
             draft = self.drafter.draft
             return _decode_speculative(
-                model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps, self.ngrams
+                model.config, draft, as_argument(controller), eos_ids, self.params, self.branch, settings, state, steps, self.ngrams
             )
 
     @property

@@ -1,14 +1,17 @@
 """A program is compiled once for its batch, bucket and controller, on one device and on a mesh, whatever is asked of it."""
 
+import dataclasses
+
 import compiled
 import pytest
 import tiny
 
 import eesd_jax
-from eesd_jax import DecodeConfig, Engine, SamplingConfig
+from eesd_jax import DecodeConfig, Engine, SamplingConfig, cost_table
 from eesd_jax.config import ControllerConfig
 from eesd_jax.control import build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
+from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import init_exit_branch
@@ -40,9 +43,8 @@ def lm(request, tmp_path_factory) -> Engine:
     )
 
 
-def controller(name: str) -> Controller:
-    """Of both sources, with costs that are the same on every machine."""
-    costs = RoundCosts(exit=(1.0, 1.1), look_up=(1.0, 1.05))
+def controller(name: str, costs: RoundCosts = RoundCosts(exit=(1.0, 1.1), look_up=(1.0, 1.05))) -> Controller:
+    """Of both sources, by default with costs that are the same on every machine."""
     return build_controller(parse_controller(name, 1), ControllerConfig(), Calibration(), costs, has_lookup=True)
 
 
@@ -77,3 +79,24 @@ def test_another_bucket_and_another_batch_are_other_programs(lm: Engine):
             lm.generate_ids(prompts, seeds=[0], batch_size=batch, controller=controller("beta"))
     assert counts["_decode_speculative"] == 3  # the last one's capacity is that of the second
     assert counts["prefill"] == 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Own(Arms):
+    """A controller that is no pytree."""
+
+
+@pytest.mark.parametrize("lm", [None], indirect=True, ids=["one device"])
+def test_what_measures_costs_and_other_numbers_are_the_same_program(lm: Engine):
+    """Lengths, thresholds and costs are arguments; only a controller that is no pytree is compiled in."""
+    plain = answer(lm, None)
+    with compiled.programs() as counts:
+        costs = cost_table.measure(lm, 2)
+        assert len(costs.exit) == len(costs.look_up) == 2
+        assert answer(lm, controller("cost_aware", costs)) == answer(lm, controller("cost_aware")) == plain
+        assert counts["_decode_speculative"] == 1
+        fixed = [controller(f"fixed:{length}") for length in (0, 1)]
+        for controllers, programs in ((fixed, 2), ([Own(**vars(one)) for one in fixed], 4)):
+            drafted = [sum(text.drafted for text in lm.generate_ids(PROMPTS[0], seeds=[0, 0], controller=one)) for one in controllers]
+            assert drafted[0] == 0 < drafted[1]
+            assert counts["_decode_speculative"] == programs

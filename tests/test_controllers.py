@@ -20,7 +20,6 @@ from eesd_jax.decode.controllers import (
     CostAware,
     CostState,
     Fixed,
-    Forced,
     Threshold,
 )
 
@@ -263,15 +262,6 @@ def test_fixed(length):
     assert count.tolist() == [length] * 3
 
 
-def test_forced_drafts_what_its_state_says():
-    lengths = jnp.array([0, 8, 3, 1])
-    state = Forced().update(lengths, lengths, jnp.array([5, 5, 5, 5]), jnp.array([0, 0, 0, 0]))
-    count, _ = draft(Forced(), state, keys_of(4), jnp.ones((4, MAX_DRAFT)))
-    assert count.tolist() == lengths.tolist()
-    assert Forced().init(3).tolist() == [0, 0, 0]
-    assert np.isnan(Forced().mean(state)).all()
-
-
 # --- Rows ---
 
 
@@ -325,9 +315,9 @@ def test_cost_aware_drafts_one_length_in_all_rows_that_run():
     assert nobody.tolist() == [0] * rows
 
 
-@pytest.mark.parametrize("controller", [*PER_ROW, Forced(), COST_AWARE], ids=lambda c: type(c).__name__)
+@pytest.mark.parametrize("controller", [*PER_ROW, COST_AWARE], ids=lambda c: type(c).__name__)
 def test_controllers_are_pure(controller):
-    """Alike in Python and under jit, twice the same, and arguments are left as they were; equal settings are one static argument."""
+    """Alike in Python and under jit, twice the same, and arguments are left as they were; equal settings are equal."""
     state, keys, confidence = some_states(controller, 4), keys_of(4), jnp.full((4, MAX_DRAFT), 0.7)
     before = jax.tree.map(np.array, state)
     jitted, plan = draft(controller, state, keys, confidence)

@@ -9,7 +9,7 @@ import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode.controllers import Beta, Calibration, Forced
+from eesd_jax.decode.controllers import Beta, Calibration, Fixed
 from eesd_jax.engine import Drafter
 from eesd_jax.model import llama
 from eesd_jax.model.exit_branch import init_exit_branch
@@ -59,7 +59,7 @@ def test_parts_are_held_against_memory(overhead, lm):
     assert {works["verify", width].bytes for width in lm.drafter.draft.widths} == {works["verify", least].bytes}
     assert works["verify", 3].flops * least == 3 * works["verify", least].flops
     behind, rows = overhead.work_of_parts(lm, batch=1, context=10), overhead.work_of_parts(lm, batch=4, context=10)
-    cache = lm.prefill([[5, 9, 200, 31]], [0], 1, 20, Forced()).cache
+    cache = lm.prefill([[5, 9, 200, 31]], [0], 1, 20, Fixed(0)).cache
     slots = cache.k[0].shape[-1]
     assert behind["early"].bytes - works["early"].bytes == 10 * (cache.k[0].nbytes + cache.v[0].nbytes) // slots
     assert rows["early"].flops == 4 * behind["early"].flops
@@ -74,25 +74,24 @@ def test_parts_are_held_against_memory(overhead, lm):
 @pytest.mark.parametrize("drafts", [0, 1, 2])
 def test_a_led_controller_drafts_as_told_and_learns_as_ever(overhead, lm, drafts):
     """The posterior after some rounds is what the same rounds teach the controller by itself."""
-    state = lm.prefill(PROMPTS, [0, 1], 2, 20, overhead.Leading(BETA))
-    led = state.draft.controller._replace(length=jnp.full(2, drafts, jnp.int32))
-    state = lm.decode(state._replace(draft=state.draft._replace(controller=led)), SamplingConfig(), overhead.Leading(BETA), 3)
+    leading = overhead.Leading(BETA, drafts)
+    state = lm.decode(lm.prefill(PROMPTS, [0, 1], 2, 20, leading), SamplingConfig(), leading, 3)
     log = jax.device_get(state.draft.log)
     np.testing.assert_array_equal(log.drafted[:, :3], drafts)
     learned = BETA.init(2)
     for drafted, accepted in zip(log.drafted.T[:3], log.accepted.T[:3], strict=True):
         learned = BETA.update(learned, None, jnp.array(drafted), jnp.array(accepted))
-    np.testing.assert_allclose(state.draft.controller.inner.alpha, learned.alpha, rtol=1e-6)
-    np.testing.assert_allclose(state.draft.controller.inner.beta, learned.beta, rtol=1e-6)
+    np.testing.assert_allclose(state.draft.controller.alpha, learned.alpha, rtol=1e-6)
+    np.testing.assert_allclose(state.draft.controller.beta, learned.beta, rtol=1e-6)
 
 
 def test_the_parts_write_what_a_round_writes(overhead, lm):
     """After a round without drafts and after its parts, the caches hold the same at the last committed token's place."""
 
     def start():
-        return lm.prefill([[5, 9, 200, 31]], [0], 1, 20, Forced())
+        return lm.prefill([[5, 9, 200, 31]], [0], 1, 20, Fixed(0))
 
-    after = lm.decode(start(), SamplingConfig(), Forced(), 1)
+    after = lm.decode(start(), SamplingConfig(), Fixed(0), 1)
     parts = overhead.Parts(lm, overhead.greedy(1)).loops()
     early = parts["early"](start(), jnp.int32(1))
     written = after.cache.v[0][0, :, 3], early.cache.v[0][0, :, 3]

@@ -24,6 +24,7 @@ LOOK_WEIGHT = 2.0  # drafts as expected that every text begins with
 LOOK_MEAN = 0.3  # of which so many were right
 LOOK_DISCOUNT = 0.985
 _LEAST_CHANCE = 1e-3
+NOT_FORCED = 2**31 - 1
 
 
 class ArmsState(NamedTuple):
@@ -65,6 +66,7 @@ def _log_odds(chance: jax.Array) -> jax.Array:
     return jnp.log(chance) - jnp.log1p(-chance)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Arms:
     """A bandit over sources.
@@ -74,6 +76,8 @@ class Arms:
       exit_cost, look_cost: seconds of a round with 0, 1, ... K drafts of the branch, and with as many looked-up ones.
       prior_alpha, prior_beta, discount, idle_discount: as in `Beta`, of the branch's posterior.
       fixed: looked-up drafts wherever there is a match, whatever they cost; None to choose.
+      forced: drafts of the branch in every row, or, where it is negative, of lookup, right or wrong: to measure what a round costs with the
+        program that will decode. `NOT_FORCED` otherwise.
     """
 
     inner: Controller | None
@@ -84,6 +88,7 @@ class Arms:
     discount: float
     idle_discount: float
     fixed: int | None = None
+    forced: int = NOT_FORCED
 
     def init(self, batch: int) -> ArmsState:
         # Each array has memory of its own, because the loop is given all of it.
@@ -99,6 +104,12 @@ class Arms:
 
     def propose(self, keys_B: jax.Array, state: ArmsState, running_B: jax.Array, found: Lookup) -> ArmsPlan:
         """Draws from the posteriors and chooses; `found` is what lookup has to offer."""
+        plan = self._choose(keys_B, state, running_B, found)
+        is_forced = self.forced != NOT_FORCED
+        look_up = jnp.where(is_forced, jnp.maximum(-self.forced, 0), plan.look_up)
+        return plan._replace(look_up=look_up, branch=jnp.where(is_forced, self.forced > 0, plan.branch))
+
+    def _choose(self, keys_B: jax.Array, state: ArmsState, running_B: jax.Array, found: Lookup) -> ArmsPlan:
         exit_keys, inner_keys = jax.vmap(jax.random.split, out_axes=1)(keys_B)
         inner = None if self.inner is None else self.inner.propose(inner_keys, state.inner, running_B)
         nobody = jnp.zeros(running_B.shape, bool)
@@ -134,7 +145,7 @@ class Arms:
         if self.inner is None:
             return jnp.zeros(confidence_B.shape, bool), plan
         keep, inner = self.inner.keep_drafting(keys_B, plan.inner, k, confidence_B)
-        return keep & plan.branch, plan._replace(inner=inner)
+        return jnp.where(self.forced != NOT_FORCED, k < self.forced, keep) & plan.branch, plan._replace(inner=inner)
 
     def update(self, state: ArmsState, plan: ArmsPlan, drafted_B: jax.Array, accepted_B: jax.Array) -> ArmsState:
         """Counts go to the source that drafted; a round without the branch lets its evidence fade a little."""
@@ -171,23 +182,3 @@ class Arms:
 def _look_mean(state: ArmsState) -> jax.Array:
     """Acceptance of looked-up drafts, float32 [B]."""
     return (state.look_accepted + LOOK_WEIGHT * LOOK_MEAN) / (state.look_tested + LOOK_WEIGHT)
-
-
-@dataclasses.dataclass(frozen=True)
-class ForcedArms:
-    """As many drafts as the state says, int32 [B], of the branch, or of lookup where it is negative, right or wrong: for measuring."""
-
-    def init(self, batch: int) -> jax.Array:
-        return jnp.zeros(batch, jnp.int32)
-
-    def propose(self, keys_B: jax.Array, state: jax.Array, running_B: jax.Array, found: Lookup) -> ArmsPlan:
-        return ArmsPlan(jnp.maximum(-state, 0), state > 0, found.chance, state)
-
-    def keep_drafting(self, keys_B: jax.Array, plan: ArmsPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, ArmsPlan]:
-        return k < plan.inner, plan
-
-    def update(self, state: jax.Array, plan: ArmsPlan, drafted_B: jax.Array, accepted_B: jax.Array) -> jax.Array:
-        return state
-
-    def mean(self, state: jax.Array) -> jax.Array:
-        return jnp.full(state.shape, jnp.nan, jnp.float32)

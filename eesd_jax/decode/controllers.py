@@ -1,12 +1,15 @@
 """Controllers: how many tokens to draft in a round, learnt from how many were accepted.
 
-A controller is a frozen dataclass of static settings with pure functions; all that it learns is in a state with leading axis B, carried by
-the decoding loop:
+A controller is a frozen dataclass of settings with pure functions; all that it learns is in a state with leading axis B, carried by the
+decoding loop:
 
     state = controller.init(batch)
     plan = controller.propose(keys_B, state, running_B)                            # once a round
     keep, plan = controller.keep_drafting(keys_B, plan, k, confidence_B)           # before draft k, k = 0, 1, ...
     state = controller.update(state, plan, drafted_B, accepted_B)                  # once a round
+
+Those here are pytrees, whose numbers are arguments of the compiled program: other numbers do not compile it again. One that is not is
+compiled in.
 
 Controllers may look at drafts that were sampled already, because every sampled draft is verified: none of them can change the output's law.
 The paper's prior, its Cali-TS formula and its hyper-parameters are not known to us; the defaults in `config.py` are our own.
@@ -44,6 +47,13 @@ class Controller(Protocol):
         """The expected acceptance of one draft, float32 [B]; NaN where the controller has no such belief."""
 
 
+def as_argument(controller: Controller | None) -> Controller | None:
+    """The same controller, which a compiled program can be given from now on; None stays None."""
+    if jax.tree_util.all_leaves([controller]):  # somebody's own, which is not registered
+        jax.tree_util.register_static(type(controller))
+    return controller
+
+
 class NoState(NamedTuple):
     """For controllers that learn nothing. rows: float32 [B], NaN."""
 
@@ -71,6 +81,7 @@ class _Stateless:
         return state.rows
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fixed(_Stateless):
     """Always `length` drafts."""
@@ -81,20 +92,7 @@ class Fixed(_Stateless):
         return jnp.broadcast_to(k < self.length, confidence_B.shape), plan
 
 
-@dataclasses.dataclass(frozen=True)
-class Forced(_Stateless):
-    """As many drafts as the state says, int32 [B], so that one program serves every length: for measuring what a round costs."""
-
-    def init(self, batch: int) -> jax.Array:
-        return jnp.zeros(batch, jnp.int32)
-
-    def keep_drafting(self, keys_B: jax.Array, plan: jax.Array, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return k < plan, plan
-
-    def mean(self, state: jax.Array) -> jax.Array:
-        return jnp.full(state.shape, jnp.nan, jnp.float32)
-
-
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Threshold(_Stateless):
     """Stops when the branch's probability of its last draft falls below `minimum` (as LayerSkip and Draft & Verify do)."""
@@ -105,6 +103,7 @@ class Threshold(_Stateless):
         return confidence_B >= self.minimum, plan
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Beta:
     """Beta-TS (EESD, section 3.3): draws theta from the posterior each round, and drafts on with probability theta each step.
@@ -122,7 +121,7 @@ class Beta:
     prior_beta: float
     discount: float
     idle_discount: float
-    censored: bool = True
+    censored: bool = dataclasses.field(default=True, metadata={"static": True})
 
     def init(self, batch: int) -> BetaState:
         return BetaState(jnp.full(batch, self.prior_alpha, jnp.float32), jnp.full(batch, self.prior_beta, jnp.float32))
@@ -152,6 +151,7 @@ class Beta:
         return state.alpha / (state.alpha + state.beta)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Calibration:
     """Turns the branch's confidence into a probability of acceptance: sigmoid(slope * logit(confidence) + intercept) (Platt 1999)."""
@@ -170,6 +170,7 @@ class Calibration:
         return jax.nn.sigmoid(self.log_odds(confidence))
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Calibrated(Beta):
     """Cali-TS, our reading: the calibrated confidence s of the last draft enters the posterior as kappa pseudo-counts.
@@ -226,6 +227,7 @@ class CostPlan(NamedTuple):
     running: jax.Array
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class CostAware(Beta):
     """Drafts the length that gives the most expected tokens per unit of measured time (ours).
