@@ -1,6 +1,6 @@
 """The CPU kernels that multiply by a file's codes: the bits of the float32 matrix, for every kind, shape and number of rows.
 
-With tiles: `test_cpu_tiles.py`.
+With tiles: `test_cpu_integers.py`.
 """
 
 import coded
@@ -12,7 +12,7 @@ import pytest
 import tiny
 from gguf import GGMLQuantizationType as GGMLType
 
-from eesd_jax.model import cpu_calls, cpu_codes, cpu_rows, cpu_tiles
+from eesd_jax.model import cpu_calls, cpu_codes, cpu_integers, cpu_rows
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.exit_branch import with_codes
 from eesd_jax.weights.gguf import GGUFSource
@@ -111,7 +111,7 @@ def test_codes_of_blocks_of_256(tmp_path):
 def engines(tmp_path_factory):
     """A model of a file of codes, reading the codes, and reading the float32 weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_tiles, "has_tiles", lambda: False)
+        patch.setattr(cpu_integers, "kernel", lambda: None)
         return coded.engines(tmp_path_factory.mktemp("model"))
 
 

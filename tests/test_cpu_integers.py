@@ -1,4 +1,4 @@
-"""The CPU kernel that multiplies by a file's codes with tiles: as exact as float32, and the same bits whatever the number of rows."""
+"""CPU kernels that multiply by a file's codes as integers: as exact as float32, and the same bits whatever the number of rows."""
 
 import coded
 import jax
@@ -6,24 +6,33 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eesd_jax.model import cpu_calls, cpu_codes, cpu_rows, cpu_tiles
+from eesd_jax.model import cpu_calls, cpu_codes, cpu_dots, cpu_integers, cpu_rows, cpu_tiles
 from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_tiles import Tiles
+from eesd_jax.model.cpu_integers import Integers
 
-pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu" or not cpu_tiles.has_tiles(), reason="for processors with AMX")
+KERNELS = [module for module in (cpu_tiles, cpu_dots) if jax.default_backend() == "cpu" and module.available()]
+pytestmark = pytest.mark.skipif(not KERNELS, reason="for processors that multiply integers")
 
 KINDS = ("nibbles", "bytes")
 SHAPES = ((32, 16), (96, 48), (288, 32), (576, 192))  # inputs, outputs
 
 
-def as_tiles(codes: Codes) -> Tiles:
-    weight = cpu_tiles.from_codes(codes)
-    assert isinstance(weight, Tiles)
+def as_integers(codes: Codes) -> Integers:
+    weight = cpu_integers.from_codes(codes)
+    assert isinstance(weight, Integers)
     return weight
 
 
-def multiply(x: np.ndarray, weight: Tiles) -> np.ndarray:
-    return np.asarray(jax.jit(cpu_tiles.rows_by_tiles)(jnp.asarray(x, jnp.float32), weight))
+def multiply(x: np.ndarray, weight: Integers) -> np.ndarray:
+    """With whatever this processor has; all of it gives the same bits."""
+    products = []
+    for kernel in KERNELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_integers, "kernel", lambda kernel=kernel: kernel)
+            products.append(np.asarray(jax.jit(lambda *given: cpu_integers.rows_by_integers(*given))(jnp.asarray(x, jnp.float32), weight)))
+    for product in products[1:]:
+        np.testing.assert_array_equal(product, products[0])
+    return products[0]
 
 
 def activations(rows: int, inputs: int) -> np.ndarray:
@@ -40,8 +49,8 @@ def test_is_as_exact_as_the_largest_input_of_a_group_allows(kind, inputs, output
     x64, matrix64 = np.asarray(x, np.float64), np.asarray(matrix, np.float64)
     largest = np.repeat(np.abs(x64).reshape(5, -1, cpu_codes.GROUP).max(axis=2), cpu_codes.GROUP, axis=1)
     size = largest @ np.abs(matrix64).T
-    assert np.abs(multiply(x, as_tiles(codes)) - x64 @ matrix64.T).max() > 0
-    np.testing.assert_array_less(np.abs(multiply(x, as_tiles(codes)) - x64 @ matrix64.T), 2.0**-22 * size)
+    assert np.abs(multiply(x, as_integers(codes)) - x64 @ matrix64.T).max() > 0
+    np.testing.assert_array_less(np.abs(multiply(x, as_integers(codes)) - x64 @ matrix64.T), 2.0**-22 * size)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -51,13 +60,13 @@ def test_integers_are_multiplied_exactly(kind):
     codes = codes._replace(scale=ones, offset=None if codes.offset is None else -8 * ones)
     x = np.random.default_rng(0).integers(-50, 50, (7, 96))
     matrix = np.asarray(cpu_codes.rows_by_codes(jnp.eye(96), codes)).T.astype(int)
-    np.testing.assert_array_equal(multiply(x, as_tiles(codes)), x @ matrix.T)
+    np.testing.assert_array_equal(multiply(x, as_integers(codes)), x @ matrix.T)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("inputs", "outputs"), SHAPES)
 def test_a_rows_bits_do_not_depend_on_the_others(kind, inputs, outputs):
-    weight = as_tiles(coded.weight_of(kind, outputs, inputs)[0])
+    weight = as_integers(coded.weight_of(kind, outputs, inputs)[0])
     x = activations(37, inputs)
     alone = np.concatenate([multiply(x[i : i + 1], weight) for i in range(37)])
     for rows in (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 16, 17, 33, 37):
@@ -67,7 +76,7 @@ def test_a_rows_bits_do_not_depend_on_the_others(kind, inputs, outputs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_numbers_of_every_size(kind):
     codes, matrix = coded.weight_of(kind, 16, 64)
-    weight, x = as_tiles(codes), activations(3, 64)
+    weight, x = as_integers(codes), activations(3, 64)
     np.testing.assert_array_equal(multiply(0 * x, weight), np.zeros((3, 16)))
     for power in (-60, 40, 90):
         np.testing.assert_array_equal(multiply(x * 2.0**power, weight), multiply(x, weight) * np.float32(2.0**power))
@@ -80,7 +89,7 @@ def test_numbers_of_every_size(kind):
 
 @pytest.mark.parametrize("bad", [np.inf, -np.inf, np.nan])
 def test_what_is_not_finite_stays_in_its_row(bad):
-    weight, x = as_tiles(coded.weight_of("nibbles", 16, 64)[0]), activations(3, 64)
+    weight, x = as_integers(coded.weight_of("nibbles", 16, 64)[0]), activations(3, 64)
     clean = multiply(x, weight)
     x[1, 40] = bad
     found = multiply(x, weight)
@@ -94,7 +103,7 @@ def test_numbers_of_groups_are_halves_where_that_loses_nothing(kind):
     rounded = Codes(
         *(part if part is None or part.dtype != jnp.float32 else part.astype(jnp.float16).astype(jnp.float32) for part in codes)
     )
-    whole, halved = as_tiles(rounded._replace(scale=codes.scale)), as_tiles(rounded)
+    whole, halved = as_integers(rounded._replace(scale=codes.scale)), as_integers(rounded)
     assert (whole.scale.dtype, halved.scale.dtype) == (jnp.float32, jnp.float16)
     x = activations(3, 64)
     same = halved._replace(scale=halved.scale.astype(jnp.float32))
@@ -106,17 +115,16 @@ def test_numbers_of_groups_are_halves_where_that_loses_nothing(kind):
 
 
 def test_other_codes_stay_as_they_are(monkeypatch):
-    halves, (narrow, _) = coded.weight_of("halves", 16, 64)[0], coded.weight_of("bytes", 24, 64)
-    assert cpu_tiles.from_codes(halves) is halves
-    assert cpu_tiles.from_codes(narrow) is narrow
-    monkeypatch.setattr(cpu_tiles, "has_tiles", lambda: False)
+    narrow, _ = coded.weight_of("bytes", 24, 64)
+    assert cpu_integers.from_codes(narrow) is narrow
+    monkeypatch.setattr(cpu_integers, "kernel", lambda: None)
     codes, _ = coded.weight_of("bytes", 16, 64)
-    assert cpu_tiles.from_codes(codes) is codes
+    assert cpu_integers.from_codes(codes) is codes
 
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
-    """A model of a file of codes, reading tiles, and reading the float32 weights."""
+    """A model of a file of codes, reading integers, and reading the float32 weights."""
     return coded.engines(tmp_path_factory.mktemp("model"))
 
 
@@ -125,11 +133,11 @@ def test_texts_are_the_same(engines, controller):
     coded.check_texts_are_the_same(*engines, controller)
 
 
-def test_programs_read_tiles_alone(engines):
+def test_programs_read_integers_alone(engines):
     for rows in (2, cpu_rows.MAX_ROWS + 1):
         program = coded.program(engines[0], rows)
         # Queries, keys and values of a block are one product; so are gate and up.
-        assert program.count(f"call @{cpu_tiles.TARGET}") == 3 * 4 + 1
+        assert program.count(f"call @{cpu_integers.kernel().TARGET}") == 3 * 4 + 1
         assert cpu_rows.TARGET not in program and cpu_codes.TARGET not in program
     with cpu_calls.on_mesh(True):
-        assert cpu_tiles.TARGET not in coded.program(engines[0], 2)
+        assert cpu_integers.kernel().TARGET not in coded.program(engines[0], 2)

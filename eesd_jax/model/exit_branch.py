@@ -19,11 +19,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_codes, cpu_tiles, llama, quantized, rope, sharding
+from eesd_jax.model import cpu_codes, cpu_integers, llama, quantized, rope, sharding
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_tiles import Tiles
+from eesd_jax.model.cpu_integers import Integers
 
 STARTS = ("last", "next", "zero")
 
@@ -33,7 +33,7 @@ class Fusion(NamedTuple):
 
     norm: jax.Array
     weight: jax.Array
-    codes: Codes | Tiles | None = None
+    codes: Codes | Integers | None = None
 
 
 class ExitBranch(NamedTuple):
@@ -48,15 +48,15 @@ class ExitBranch(NamedTuple):
     head: jax.Array
     draft_ids: jax.Array
     fusion: Fusion | None = None
-    head_codes: Codes | Tiles | None = None
+    head_codes: Codes | Integers | None = None
 
 
 def with_codes(branch: ExitBranch) -> ExitBranch:
     """The branch that decodes on a CPU: beside its weights, the codes of 8 bits of those matrices that are stored as such."""
 
-    def codes_of(weight: jax.Array) -> Codes | Tiles | None:
+    def codes_of(weight: jax.Array) -> Codes | Integers | None:
         codes = cpu_codes.of_bytes(weight)
-        return codes and cpu_tiles.from_codes(codes)
+        return codes and cpu_integers.from_codes(codes)
 
     block = {name: codes_of(weight) for name, weight in branch.block.items() if weight.ndim == 2}
     # Apart from each other: where only keys and values are used, no queries are computed.

@@ -22,11 +22,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows, cpu_tiles, quantized, rope
+from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_integers, cpu_rows, quantized, rope
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_tiles import Tiles
+from eesd_jax.model.cpu_integers import Integers
 from eesd_jax.model.quantized import Quantized
 
 Params = dict[str, Any]
@@ -48,11 +48,11 @@ def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array
     return jnp.einsum(formula, x, y, precision=_precision(x.dtype), **kwargs)
 
 
-def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Tiles | None = None, **kwargs: Any) -> jax.Array:
+def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Integers | None = None, **kwargs: Any) -> jax.Array:
     """X [B, T, I] times a weight stored as [out, in]: [B, T, O]. Its codes, if given, are read in its place where that is faster."""
     rows = x.reshape(-1, x.shape[-1])
     if _reads_codes(rows.shape[0], codes):
-        by_codes = cpu_tiles.rows_by_tiles if isinstance(codes, Tiles) else cpu_codes.rows_by_codes
+        by_codes = cpu_integers.rows_by_integers if isinstance(codes, Integers) else cpu_codes.rows_by_codes
         return by_codes(rows, codes).reshape(*x.shape[:-1], -1)
     if isinstance(weight_OxI, Quantized):
         return _linear_quantized(x, weight_OxI, **kwargs)
@@ -78,9 +78,9 @@ def _linear_quantized(x: jax.Array, weight_OxI: Quantized, preferred_element_typ
     return jnp.sum(product * weight.scale.T.astype(jnp.float32), axis=-2).astype(dtype)
 
 
-def _reads_codes(rows: int, codes: Codes | Tiles | None) -> bool:
+def _reads_codes(rows: int, codes: Codes | Integers | None) -> bool:
     """Whether `linear` multiplies so many rows by the codes."""
-    return cpu_calls.possible() if isinstance(codes, Tiles) else cpu_codes.usable(rows, codes)
+    return cpu_calls.possible() if isinstance(codes, Integers) else cpu_codes.usable(rows, codes)
 
 
 def _reads_matrix(rows: int, weight: jax.Array | Quantized) -> bool:
@@ -375,7 +375,7 @@ def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
     return params | {"blocks": blocks, _HEAD_CODES: codes.get("head")}
 
 
-def block_with_codes(block: Params, codes: dict[str, Codes | Tiles]) -> Params:
+def block_with_codes(block: Params, codes: dict[str, Codes | Integers]) -> Params:
     """A block's params with codes beside them."""
     return block | {_CODES: codes}
 

@@ -20,10 +20,10 @@ from transformers import PreTrainedTokenizerBase
 
 from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_calls, cpu_codes, cpu_tiles, llama, quantized, sharding
+from eesd_jax.model import cpu_calls, cpu_codes, cpu_integers, llama, quantized, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_tiles import Tiles
+from eesd_jax.model.cpu_integers import Integers
 from eesd_jax.model.quantized import Quantized
 from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
 from eesd_jax.weights import quantize as quantizing
@@ -264,8 +264,8 @@ def quantized_codes(config: ModelConfig, params: llama.Params) -> dict[str, Any]
 def _arrange(head: dict[str, Codes], blocks: Iterable[dict[str, Codes]]) -> dict[str, Any]:
     """Codes as this processor takes them, those of a block that belong together joined."""
 
-    def arrange(codes: dict[str, Codes]) -> dict[str, Codes | Tiles]:
-        return {name: cpu_tiles.from_codes(of_weight) for name, of_weight in codes.items()}
+    def arrange(codes: dict[str, Codes]) -> dict[str, Codes | Integers]:
+        return {name: cpu_integers.from_codes(of_weight) for name, of_weight in codes.items()}
 
     return arrange(head) | {"blocks": tuple(arrange(llama.join_codes(block)) for block in blocks)}
 
