@@ -106,7 +106,7 @@ class DecodeConfig:
     batch_size: int = 1
     seed: int = 0
     # Prompts are right-padded to one of these; longer ones are run in chunks of the last.
-    prompt_buckets: tuple[int, ...] = (64, 128, 256, 512)
+    prompt_buckets: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512)
     # Capacities (prompt + budget, in tokens) are rounded up to this times 1, 1.5, 2, 3, 4, 6, 8, ...
     min_capacity: int = 128
     # Steps between two looks of the host: while streaming or watching for stop strings, and otherwise (so that Ctrl-C is noticed).

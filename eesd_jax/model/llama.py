@@ -366,8 +366,8 @@ def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
     """Params that decode: the same weights, with those codes beside them.
 
     Args:
-      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing, or tiles in their place, with names of weights or as
-        `join_codes` makes them; None for params as they are.
+      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing, or integers in their place, with names of weights
+        or as `join_codes` makes them; None for params as they are.
     """
     if codes is None:
         return params
