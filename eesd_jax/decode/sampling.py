@@ -119,8 +119,8 @@ def _reach(weights_BxN: jax.Array, u_B: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(reached, axis=1), jnp.argmax(reached, axis=1), last).astype(jnp.int32)
 
 
-def _pick(keys_B: jax.Array, probs_BxV: jax.Array) -> jax.Array:
-    """Draws a token of each row's distribution by its cumulative sum, int32 [B].
+def pick(keys_B: jax.Array, probs_BxV: jax.Array) -> jax.Array:
+    """Draws a token of each row's distribution by its cumulative sum, int32 [B]; it need not be normalised.
 
     One uniform number a row and two levels of sums: `jax.random.categorical` draws noise for every token of the vocabulary, which on CPU
     takes longer than the blocks of a small model. Tokens of probability 0 are never drawn.
@@ -147,6 +147,6 @@ def sample(keys_B: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> Draw
 
     def draw(_: None) -> Draw:
         probs = warp(logits_BxV, sampling)
-        return Draw(_pick(keys_B, probs), probs)
+        return Draw(pick(keys_B, probs), probs)
 
     return jax.lax.cond(jnp.all(sampling.temperature == 0), lambda _: _greedy(logits_BxV), draw, None)

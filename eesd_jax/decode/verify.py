@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.decode.sampling import Sampling, best_token, warp
+from eesd_jax.decode.sampling import Sampling, best_token, pick, warp
 
 
 class Drafts(NamedTuple):
@@ -87,7 +87,7 @@ def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, lo
         token_Bx1 = jnp.take_along_axis(drafts.tokens, place[:, None], axis=1)
         q_BxV = jnp.where(drafts.looked_up[:, None], jnp.arange(vocabulary) == token_Bx1, q_BxV)
         p_BxV = _residual(p_BxV, q_BxV * rejected[:, None])
-    token = jax.vmap(jax.random.categorical)(token_keys, jnp.log(p_BxV)).astype(jnp.int32)
+    token = pick(token_keys, p_BxV)
     return Verdict(accepted, token)
 
 
