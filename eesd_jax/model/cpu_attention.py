@@ -81,10 +81,7 @@ def _register(target: str) -> None:
 def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Registers) -> ir.Function:
     """`chunk(job, index)`: a few queries of one row and key/value head."""
     solvers = {count: _add_solver(module, words, registers.lanes, count) for count in range(1, registers.rows + 1)}
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
-    address, index = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    job = cpu_calls.Job(words, address)
+    builder, job, index = cpu_calls.start_chunk(module, words)
     kv_heads, heads, tokens = (job.read(builder, name) for name in ("kv_heads", "heads", "tokens"))
     queries = builder.mul(tokens, builder.sdiv(heads, kv_heads))
     groups = builder.sdiv(builder.add(queries, I64(registers.rows - 1)), I64(registers.rows))
@@ -94,9 +91,9 @@ def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Reg
     for count, solver in solvers.items():
         is_last = count == registers.rows
         with builder.if_then(builder.icmp_signed(">=" if is_last else "==", remaining, I64(count))):
-            builder.call(solver, (address, problem, first))
+            builder.call(solver, (job.address, problem, first))
     builder.ret_void()
-    return function
+    return builder.function
 
 
 def _add_solver(module: ir.Module, words: Sequence[str], lanes: int, count: int) -> ir.Function:

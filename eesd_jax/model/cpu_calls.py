@@ -49,7 +49,13 @@ class Registers(NamedTuple):
 @functools.cache
 def registers() -> Registers:
     """This machine's."""
-    return Registers(lanes=16, rows=4) if binding.get_host_cpu_features().get("avx512f", False) else Registers(lanes=8, rows=2)
+    return Registers(lanes=16, rows=4) if has_features("avx512f") else Registers(lanes=8, rows=2)
+
+
+def has_features(*names: str) -> bool:
+    """Whether this processor has all of these, by LLVM's names."""
+    features = binding.get_host_cpu_features()
+    return all(features.get(name, False) for name in names)
 
 
 class Job(NamedTuple):
@@ -95,6 +101,13 @@ def register(
     new_capsule.restype, new_capsule.argtypes = ctypes.py_object, [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
     jax.ffi.register_ffi_target(target, new_capsule(engine.get_function_address("handler"), None, None), platform="cpu")
     _ENGINES.append(engine)
+
+
+def start_chunk(module: ir.Module, words: Sequence[str]) -> tuple[ir.IRBuilder, Job, ir.Value]:
+    """Begins a function `chunk(job, index)`: what writes its code (whose `function` it is), the job, and the index."""
+    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
+    address, index = function.args
+    return ir.IRBuilder(function.append_basic_block("entry")), Job(words, address), index
 
 
 @contextlib.contextmanager

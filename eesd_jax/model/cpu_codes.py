@@ -237,10 +237,7 @@ def _add_chunk(kind: _Kind, module: ir.Module, words: Sequence[str], registers: 
     unpack = _add_unpack(module, kind, lanes)
     direct = {rows: _add_direct(module, kind, rows, lanes) for rows in range(1, max_rows + 1)}
     blocks = {rows: cpu_rows.add_block(module, rows, lanes, ahead=0) for rows in range(1, max_rows + 1)}
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
-    address, chunk = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    job = cpu_calls.Job(words, address)
+    builder, job, chunk = cpu_calls.start_chunk(module, words)
     x, out = job.floats(builder, "x"), job.floats(builder, "out")
     rows, inputs, outputs = (job.read(builder, name) for name in ("rows", "inputs", "outputs"))
     matrix = [builder.inttoptr(job.read(builder, name), BYTES if name == "codes" else FLOATS) for name in kind.fields]
@@ -266,4 +263,4 @@ def _add_chunk(kind: _Kind, module: ir.Module, words: Sequence[str], registers: 
             builder.call(unpack, (scratch, builder.mul(groups, I64(BLOCK_OUTPUTS)), *here))
         cpu_rows.sweep(builder, rows, max_rows, run)
     builder.ret_void()
-    return function
+    return builder.function

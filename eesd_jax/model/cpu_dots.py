@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from llvmlite import binding, ir
+from llvmlite import ir
 
 from eesd_jax.model import cpu_calls, cpu_rows
 from eesd_jax.model.cpu_calls import BYTES, FLOATS, I32, I64
@@ -47,8 +47,7 @@ _RECORD, _SCALE, _SUM, _STARTS = 128, 96, 100, {0: 104, 2: 108}
 @functools.cache
 def available() -> bool:
     """Whether this processor has such products."""
-    features = binding.get_host_cpu_features() if platform.machine() in ("x86_64", "AMD64") else {}
-    return all(features.get(name, False) for name in ("avx512vnni", "avx512f", "avx512bw", "f16c"))
+    return platform.machine() in ("x86_64", "AMD64") and cpu_calls.has_features("avx512vnni", "avx512f", "avx512bw", "f16c")
 
 
 def multiply(x_RxI: jax.Array, kind: Kind, weight: Sequence[jax.Array]) -> jax.Array:
@@ -159,10 +158,7 @@ def _add_quantize_chunk(module: ir.Module, words: Sequence[str], registers: cpu_
     """`chunk(job, index)`: an even share of the slabs."""
     del registers
     quantize = add_quantize(module, _add_starts)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
-    address, chunk = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    job = cpu_calls.Job(words, address)
+    builder, job, chunk = cpu_calls.start_chunk(module, words)
     x, records = job.floats(builder, "x"), builder.inttoptr(job.read(builder, "records"), BYTES)
     rows, inputs, chunks = (job.read(builder, name) for name in ("rows", "inputs", "chunks"))
     groups = builder.sdiv(inputs, I64(GROUP))
@@ -177,17 +173,14 @@ def _add_quantize_chunk(module: ir.Module, words: Sequence[str], registers: cpu_
             of_group = [builder.gep(record, [I64(at)]) for at in (_SCALE, _SUM)]
             builder.call(quantize, (here, groups, record, I64(GROUP), step, *of_group, step))
     builder.ret_void()
-    return function
+    return builder.function
 
 
 def _add_chunk(kind: Kind, module: ir.Module, words: Sequence[str], registers: cpu_calls.Registers) -> ir.Function:
     """`chunk(job, index)`: an even share of the blocks of outputs."""
     del registers
     dots = _add_dots(module, kind)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
-    address, chunk = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    job = cpu_calls.Job(words, address)
+    builder, job, chunk = cpu_calls.start_chunk(module, words)
     out = job.floats(builder, "out")
     records, *weight = (builder.inttoptr(job.read(builder, name), BYTES) for name in ("records", *kind.fields))
     weight += [ir.Constant(BYTES, None)] * (3 - len(weight))
@@ -200,4 +193,4 @@ def _add_chunk(kind: Kind, module: ir.Module, words: Sequence[str], registers: c
         target = builder.gep(out, [builder.mul(first, outputs)])
         builder.call(dots, (of_slab, groups, *weight, begin, end, target, outputs, count))
     builder.ret_void()
-    return function
+    return builder.function

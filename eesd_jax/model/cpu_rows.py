@@ -124,10 +124,7 @@ def _add_chunk(weights: int, module: ir.Module, words: Sequence[str], registers:
     """`chunk(job, index)`: an even share of the outputs of every weight."""
     lanes, max_rows = registers
     blocks = {(rows, ahead): add_block(module, rows, lanes, ahead) for rows in range(1, max_rows + 1) for ahead in (1, 2, 4)}
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
-    address, chunk = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    job = cpu_calls.Job(words, address)
+    builder, job, chunk = cpu_calls.start_chunk(module, words)
     x, out = (job.floats(builder, name) for name in ("x", "out"))
     rows, inputs, all_outputs = (job.read(builder, name) for name in ("rows", "inputs", "all_outputs"))
     # What comes next is spread over the passes: all four rows of w at once, two and two, or one by one.
@@ -159,7 +156,7 @@ def _add_chunk(weights: int, module: ir.Module, words: Sequence[str], registers:
         multiply_by(job.floats(builder, f"w{i}"), outputs, out)
         out = builder.gep(out, [outputs])
     builder.ret_void()
-    return function
+    return builder.function
 
 
 def share(builder: ir.IRBuilder, job: cpu_calls.Job, chunk: ir.Value, outputs: ir.Value) -> tuple[ir.Value, ir.Value]:

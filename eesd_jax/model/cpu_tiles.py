@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
-from llvmlite import binding, ir
+from llvmlite import ir
 
 from eesd_jax.model import cpu_calls
 from eesd_jax.model.cpu_calls import BYTES, FLOATS, I32, I64
@@ -52,8 +52,7 @@ def available() -> bool:
     """Whether this processor multiplies by tiles, and the system lets it."""
     if sys.platform != "linux" or platform.machine() != "x86_64":
         return False
-    features = binding.get_host_cpu_features()
-    if not all(features.get(name, False) for name in ("amx-int8", "avx512f", "avx512bw", "f16c")):
+    if not cpu_calls.has_features("amx-int8", "avx512f", "avx512bw", "f16c"):
         return False
     # A process has to ask, once, for registers of that size.
     return ctypes.CDLL(None).syscall(*_PERMISSION, _TILE_DATA) == 0
@@ -193,10 +192,7 @@ def _add_quantize_chunk(module: ir.Module, words: Sequence[str], registers: cpu_
     """`chunk(job, index)`: an even share of the slabs."""
     del registers
     quantize = add_quantize(module)
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
-    address, chunk = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    job = cpu_calls.Job(words, address)
+    builder, job, chunk = cpu_calls.start_chunk(module, words)
     x = job.floats(builder, "x")
     digits, *per_group = (builder.inttoptr(job.read(builder, name), BYTES) for name in ("digits", "scale", "sum"))
     rows, inputs, chunks = (job.read(builder, name) for name in ("rows", "inputs", "chunks"))
@@ -212,17 +208,14 @@ def _add_quantize_chunk(module: ir.Module, words: Sequence[str], registers: cpu_
             of_row = [builder.gep(array, [builder.mul(builder.mul(row, groups), I64(4))]) for array in per_group]
             builder.call(quantize, (here, groups, target, step, I64(GROUP), *of_row, I64(4)))
     builder.ret_void()
-    return function
+    return builder.function
 
 
 def _add_chunk(kind: Kind, module: ir.Module, words: Sequence[str], registers: cpu_calls.Registers) -> ir.Function:
     """`chunk(job, index)`: an even share of the blocks of outputs."""
     del registers
     blocks_of = {rows: _add_blocks(module, kind, rows) for rows in _ROWS_AT_ONCE}
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), (BYTES, I64)), "chunk")
-    address, chunk = function.args
-    builder = ir.IRBuilder(function.append_basic_block("entry"))
-    job = cpu_calls.Job(words, address)
+    builder, job, chunk = cpu_calls.start_chunk(module, words)
     x_scale, x_sum, out = (job.floats(builder, name) for name in ("x_scale", "x_sum", "out"))
     digits, *weight = (builder.inttoptr(job.read(builder, name), BYTES) for name in ("digits", *kind.fields))
     weight += [ir.Constant(BYTES, None)] * (3 - len(weight))
@@ -239,4 +232,4 @@ def _add_chunk(kind: Kind, module: ir.Module, words: Sequence[str], registers: c
             with builder.if_then(builder.icmp_signed("==", room, I64(count))):
                 builder.call(function_of, (of_slab, scale, total, groups, *weight, begin, end, target, outputs, valid))
     builder.ret_void()
-    return function
+    return builder.function
