@@ -402,7 +402,7 @@ class Engine:
                 return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
             draft = self.drafter.draft
             return _decode_speculative(
-                model.config, draft, as_argument(controller), eos_ids, self.params, self.branch, settings, state, steps, self.ngrams
+                model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps, self.ngrams
             )
 
     @property

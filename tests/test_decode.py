@@ -1,3 +1,4 @@
+import functools
 import re
 
 import jax
@@ -7,7 +8,7 @@ import pytest
 import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError, engine
-from eesd_jax.model import llama
+from eesd_jax.model import cache, llama
 
 PROMPTS = [[5, 9, 200, 31], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23], [250, 3]]
 BUCKETS = DecodeConfig(max_new_tokens=12, prompt_buckets=(8, 16), min_capacity=32, stream_chunk=3)
@@ -131,6 +132,19 @@ def test_caches_stay_in_place(lm: Engine, batch: int):
     assert not shapes & set(copied)
     # Donated: the new caches lie where the old ones lay.
     assert program.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
+
+
+def test_sines_are_taken_once_a_pass(lm: Engine):
+    config, params, start = lm.model.config, lm.model.params, jnp.zeros(2, jnp.int32)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(blocks: int, start: jax.Array) -> tuple[jax.Array, cache.KVCache]:
+        before = cache.empty(config, 2, 64, jnp.float32)
+        x = llama.embed(params, jnp.ones((2, 3), jnp.int32))
+        return llama.forward_blocks(config, params["blocks"], x, start, before, range(blocks))
+
+    sines = [len(re.findall(r" sine\(", run.lower(blocks, start).compile().as_text())) for blocks in (1, 3)]
+    assert sines[0] == sines[1] > 0
 
 
 def test_wrong_options_are_refused(lm: Engine):

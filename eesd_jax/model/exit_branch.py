@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_codes, cpu_integers, llama, quantized, rope, sharding
+from eesd_jax.model import cpu_codes, cpu_integers, llama, quantized, sharding
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
@@ -183,8 +183,7 @@ def run_exit_block(
     Returns:
       The residual stream behind the exit block [B, T, D], and the block's new keys and values.
     """
-    length = h_BxTxD.shape[1]
-    rot = rope.rotation(config.rope, config.head_dim, start_B[:, None] + jnp.arange(length))
+    rot = llama.rotation(config, start_B, h_BxTxD.shape[1])
     cached = (None, None) if cache is None else (cache.k[0], cache.v[0])
     block = llama.Block(config)
     x, k, v = block.apply({"params": branch.block}, h_BxTxD, rot, *cached, start_B, None, config.windows[-1])

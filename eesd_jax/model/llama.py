@@ -289,7 +289,7 @@ def forward_blocks(
       The residual stream after the last of `layers` [B, T, D], and the new keys and values of those blocks (tuples of len(layers)).
     """
     length = x_BxTxD.shape[1]
-    rot = _rotation(config, start_B, length)
+    rot = rotation(config, start_B, length)
     # Blocks with the same window are traced once; inlined, they make the same program as without this jit.
     run_block = jax.jit(Block(config).apply, static_argnums=7, inline=True)
     keys, values = [], []
@@ -302,15 +302,17 @@ def forward_blocks(
     return x, KVCache(tuple(keys), tuple(values))
 
 
-def _rotation(config: ModelConfig, start_B: jax.Array, length: int) -> rope.Rotation:
-    def rotation() -> rope.Rotation:
+def rotation(config: ModelConfig, start_B: jax.Array, length: int) -> rope.Rotation:
+    """Rotation of `length` tokens of every row behind its first start_b (int32 [B]), taken once a pass."""
+
+    def take() -> rope.Rotation:
         return rope.rotation(config.rope, config.head_dim, start_B[:, None] + jnp.arange(length))
 
     if not cpu_calls.possible():
-        return rotation()
+        return take()
     # Sines and cosines are dear on a CPU, and XLA takes them anew for every head of every block, unless it cannot look behind a condition.
-    nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(rotation))
-    return jax.lax.cond(jnp.any(start_B >= 0), rotation, lambda: nothing)
+    nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(take))
+    return jax.lax.cond(jnp.any(start_B >= 0), take, lambda: nothing)
 
 
 def scan_blocks(
