@@ -1,6 +1,6 @@
 """The CPU kernels that multiply by a file's codes: the bits of the float32 matrix, for every kind, shape and number of rows.
 
-With tiles: `test_cpu_integers.py`.
+As integers: `test_cpu_integers.py`.
 """
 
 import coded
