@@ -28,7 +28,8 @@ from eesd_jax import benchmark, cli, control, report
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig
 from eesd_jax.cost_table import RoundCosts, code_fingerprint
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.engine import Drafter, Engine
+from eesd_jax.drafter import Drafter
+from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.journal import Answer, Journal, Run

@@ -90,6 +90,7 @@ def check_quantize(value: str, what: str = "quantize") -> None:
 
 
 ARMS = ("exit", "lookup")  # what can draft: the exit branch, and lookup in the text so far
+PROMPT_BUCKETS = (64, 96, 128, 192, 256, 384, 512)
 LONGEST_MATCH = 3
 # Wherever there is anything to draft with.
 DEFAULT_CONTROLLER = "cost_aware"
@@ -106,7 +107,7 @@ class DecodeConfig:
     batch_size: int = 1
     seed: int = 0
     # Prompts are right-padded to one of these; longer ones are run in chunks of the last.
-    prompt_buckets: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512)
+    prompt_buckets: tuple[int, ...] = PROMPT_BUCKETS
     # Capacities (prompt + budget, in tokens) are rounded up to this times 1, 1.5, 2, 3, 4, 6, 8, ...
     min_capacity: int = 128
     # Steps between two looks of the host: while streaming or watching for stop strings, and otherwise (so that Ctrl-C is noticed).
@@ -182,7 +183,7 @@ class RefillConfig:
     prefill_rows: prompts that are run at once on a device; 1 on CPU, where wider passes gain nothing. rows: of a device, by default.
     """
 
-    prompt_buckets: tuple[int, ...] = (64, 96, 128, 192, 256, 384, 512)
+    prompt_buckets: tuple[int, ...] = PROMPT_BUCKETS
     cache_buckets: tuple[int, ...] = (128, 256, 512)
     chunk: int = 16
     prefill_rows: int = 4

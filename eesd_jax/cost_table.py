@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import jax
 
 from eesd_jax import control, processes
-from eesd_jax.config import ControllerConfig, SamplingConfig
+from eesd_jax.config import SamplingConfig
 from eesd_jax.decode.controllers import Controller, Fixed
 from eesd_jax.hardware import cpu_name
 from eesd_jax.model import sharding
@@ -77,18 +77,11 @@ def forced(engine: "Engine", drafts: int) -> Controller:
 
     Where lookup drafts it is the controller `cost_aware`, so that what is compiled to measure is there when texts are generated.
     """
-    drafter, draft = engine.drafter, engine.drafter.draft
-    if not draft.longest_match:
+    drafter = engine.drafter
+    if not drafter.has_lookup:
         return Fixed(drafts)
-    any_costs = (1.0,) * (draft.max_draft + 1)
-    arms = control.build_controller(
-        control.parse_controller("cost_aware", draft.max_draft),
-        ControllerConfig(),
-        drafter.calibration,
-        RoundCosts(any_costs, any_costs),
-        has_branch=drafter.branch is not None,
-        has_lookup=True,
-    )
+    any_costs = (1.0,) * (drafter.draft.max_draft + 1)
+    arms = drafter.controller(control.ControllerSpec("cost_aware"), RoundCosts(any_costs, any_costs))
     return dataclasses.replace(arms, forced=drafts)
 
 

@@ -11,7 +11,7 @@ import math
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,6 @@ from eesd_jax.config import (
     DEFAULT_CONTROLLER,
     LONGEST_MATCH,
     NOT_QUANTIZED,
-    ControllerConfig,
     DecodeConfig,
     DraftConfig,
     SamplingConfig,
@@ -34,6 +33,7 @@ from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Calibration, Controller, as_argument
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
+from eesd_jax.drafter import Drafter, read_drafter
 from eesd_jax.errors import UserError
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.model import cpu_calls, llama, sharding
@@ -145,7 +145,7 @@ def load(
         ngram_file.check_ngrams(table, target.config.vocab_size)
     draft = DraftConfig(0, max_draft, longest_match=longest_match)
     if folder is not None:
-        drafter = _read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
+        drafter = read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
     else:
         drafter = Drafter(None, draft, Calibration(), trained=False, ngrams=table and table.entries) if longest_match else None
         if exit_branch == "auto":
@@ -154,32 +154,11 @@ def load(
     return Engine(target, decode_config, drafter)
 
 
-def _read_drafter(folder: branch_folder.BranchFolder, target: LoadedModel, mesh: Mesh | None, draft: DraftConfig) -> "Drafter":
-    branch, info = folder.load(target.config, target.params, mesh)
-    calibration = Calibration(info.calibration_slope, info.calibration_intercept)
-    return Drafter(branch, dataclasses.replace(draft, exit_layer=info.exit_layer), calibration, trained=bool(info.training))
-
-
 def use_compilation_cache() -> None:
     """Keeps compiled programs in the user's cache, so that a second start is quick; a folder that the user configured is left alone."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "compiled"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-
-
-class Drafter(NamedTuple):
-    """What drafts, and how.
-
-    branch: the weights of the exit branch, None where only lookup drafts. draft: where the branch stands, and how much may be drafted.
-    calibration: of the branch's confidence. trained: whether it ever was. ngrams: the n-gram table that lookup goes on with, uint32 [E],
-    or None; see `decode/ngrams.py`.
-    """
-
-    branch: ExitBranch | None
-    draft: DraftConfig
-    calibration: Calibration
-    trained: bool
-    ngrams: np.ndarray | None = None
 
 
 class Engine:
@@ -350,12 +329,9 @@ class Engine:
             return None
         if drafter is None:
             raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
-        has_branch, has_lookup = drafter.branch is not None, drafter.draft.longest_match > 0
-        if not has_branch and spec.kind not in control.WITHOUT_BRANCH:
+        if drafter.branch is None and spec.kind not in control.WITHOUT_BRANCH:
             raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; expected plain, fixed:K or cost_aware")
-        needs_costs = control.needs_costs(spec, has_branch=has_branch, has_lookup=has_lookup)
-        costs = cost_table.round_costs(self, batch) if needs_costs else None
-        return control.build_controller(spec, ControllerConfig(), drafter.calibration, costs, has_branch=has_branch, has_lookup=has_lookup)
+        return drafter.controller(spec, cost_table.round_costs(self, batch) if drafter.needs_costs(spec) else None)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int, controller: Controller | None = None

@@ -10,7 +10,8 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from eesd_jax.config import DecodeConfig, DraftConfig
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.engine import Drafter, Engine
+from eesd_jax.drafter import Drafter
+from eesd_jax.engine import Engine
 from eesd_jax.model import cpu_codes, llama
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.exit_branch import init_exit_branch

@@ -21,7 +21,8 @@ from absl import flags
 from eesd_jax import benchmark, cli, cost_table, journal
 from eesd_jax.config import DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
-from eesd_jax.engine import Drafter, Engine
+from eesd_jax.drafter import Drafter
+from eesd_jax.engine import Engine
 from eesd_jax.generation import Generation, Rounds
 from eesd_jax.model import llama
 from eesd_jax.model.exit_branch import init_exit_branch

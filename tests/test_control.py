@@ -13,7 +13,7 @@ from eesd_jax.control import ControllerSpec, build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.controllers import Beta, Calibrated, Calibration, CostAware, Fixed, Threshold
-from eesd_jax.engine import Drafter
+from eesd_jax.drafter import Drafter
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.exit_branch import init_exit_branch
 

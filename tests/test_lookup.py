@@ -1,5 +1,6 @@
 """Lookup drafts and the bandit over sources: what is found, what is learnt from it, what is chosen, and the text that comes out."""
 
+import dataclasses
 import functools
 
 import jax
@@ -14,7 +15,7 @@ from eesd_jax.decode import lookup
 from eesd_jax.decode.arms import LOOK_DISCOUNT, LOOK_MEAN, LOOK_WEIGHT, Arms, ArmsPlan, expected_tokens
 from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.decode.lookup import Lookup, expected_drafts, look_up
-from eesd_jax.engine import Drafter
+from eesd_jax.drafter import Drafter
 from eesd_jax.errors import UserError
 from eesd_jax.model.exit_branch import init_exit_branch
 
@@ -114,6 +115,17 @@ def test_rows_choose_for_themselves_and_finished_ones_do_nothing():
     plan = propose(arms, sure(arms.init(3), exits=0.8, looks=0.9), found(3, 0, 3), running=[True, True, False])
     assert plan.look_up.tolist() == [3, 0, 0]
     assert plan.branch.tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("forced", [0, 1, 3, -1, -3])
+def test_what_is_forced_is_drafted_whatever_was_learnt_and_found(forced):
+    arms = dataclasses.replace(Arms(Fixed(2), **CHEAP, **SETTINGS), forced=forced)
+    keys, sure_of_it = jax.random.split(jax.random.key(0), 3), jnp.ones(3)
+    for exits, looks in ((0.01, 0.99), (0.99, 0.01)):
+        plan = propose(arms, sure(arms.init(3), exits=exits, looks=looks), found(0, 1, 3))
+        assert plan.look_up.tolist() == [max(-forced, 0)] * 3
+        drafts = [arms.keep_drafting(keys, plan, jnp.int32(k), sure_of_it)[0].tolist() for k in range(4)]
+        assert drafts == [[k < forced] * 3 for k in range(4)]
 
 
 def test_learns_for_the_source_that_drafted():

@@ -17,7 +17,7 @@ from eesd_jax.control import build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode import ngrams
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
-from eesd_jax.engine import Drafter
+from eesd_jax.drafter import Drafter
 from eesd_jax.model import cpu_calls, exit_branch
 from eesd_jax.model.sharding import make_mesh
 from eesd_jax.weights.load import LoadedModel, load_params

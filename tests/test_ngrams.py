@@ -18,7 +18,8 @@ from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.decode.lookup import Lookup
 from eesd_jax.distill import examples
-from eesd_jax.engine import Drafter, Engine
+from eesd_jax.drafter import Drafter
+from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.weights import ngram_file
 from eesd_jax.weights.load import load_text

@@ -23,7 +23,8 @@ from eesd_jax import arithmetic, control, estimates, experiment, hlo, needs, pla
 from eesd_jax.config import DecodeConfig, DraftConfig, MeshConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.distill import layout, trainer
-from eesd_jax.engine import Drafter, Engine
+from eesd_jax.drafter import Drafter
+from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.hardware import Chip
 from eesd_jax.model import exit_branch, sharding

@@ -20,7 +20,7 @@ from eesd_jax.control import build_controller, parse_controller
 from eesd_jax.cost_table import RoundCosts
 from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.distill.refill import Refiller, Request
-from eesd_jax.engine import Drafter
+from eesd_jax.drafter import Drafter
 from eesd_jax.model import cpu_calls, cpu_codes, exit_branch, llama, quantized, sharding
 from eesd_jax.model.quantized import Quantized
 from eesd_jax.weights import branch_folder

@@ -12,7 +12,7 @@ from eesd_jax import DecodeConfig, Engine
 from eesd_jax.config import LONGEST_MATCH, DraftConfig
 from eesd_jax.decode import ngrams
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.engine import Drafter
+from eesd_jax.drafter import Drafter
 
 PROMPTS = [[5, 9, 200, 31, 5, 9, 200], [7, 7], [250, 3]]
 BUDGET, COST = 40, (1.0, 1.1, 1.2, 1.3)

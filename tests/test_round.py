@@ -13,7 +13,7 @@ from eesd_jax.config import DraftConfig
 from eesd_jax.decode import loop, speculative
 from eesd_jax.decode.controllers import Beta, Calibration, Controller, Fixed
 from eesd_jax.decode.state import RUNNING, DecodeState
-from eesd_jax.engine import Drafter
+from eesd_jax.drafter import Drafter
 from eesd_jax.model import cache as kv
 from eesd_jax.model.exit_branch import init_exit_branch
 

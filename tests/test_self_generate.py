@@ -22,7 +22,8 @@ from eesd_jax.config import DataConfig, DraftConfig, ExperimentConfig, RefillCon
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.distill import data, prompt_source, refill, self_generate
 from eesd_jax.distill.refill import Refiller, Request, local_mesh
-from eesd_jax.engine import Drafter, Engine
+from eesd_jax.drafter import Drafter
+from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.model import sharding
 from eesd_jax.model.exit_branch import init_exit_branch
