@@ -101,9 +101,9 @@ def _draft(
         tokens = jnp.where(jnp.arange(max_draft) < looked[:, None], found.tokens, nothing)
         text_BxW = jnp.concatenate([last[:, None], tokens], axis=1)
 
-        def at_width(width: int) -> tuple[jax.Array, kv.KVCache]:
+        def at_width(width: int) -> tuple[jax.Array, kv.KVCache | kv.Gathered]:
             x, new = early(text_BxW[:, :width], jnp.int32(0), caches)
-            return jnp.pad(x, ((0, 0), (0, max_draft + 1 - width), (0, 0))), kv.pad(new, max_draft + 1 - width)
+            return jnp.pad(x, ((0, 0), (0, max_draft + 1 - width), (0, 0))), kv.hold(new, max_draft + 1)
 
         # As in verification, only new entries leave the branches of the switch.
         hidden, new = _switch_width(draft, looked, at_width)
@@ -163,14 +163,14 @@ class _Verified(NamedTuple):
     """What verification gives.
 
     verdict: of `verify.accept`. output: a value of the last block's output, [B]. deep: see `DraftState`. late, exit_entries: new keys and
-    values of blocks N+1..L and of the exit block, K + 1 tokens wide.
+    values of blocks N+1..L and of the exit block, of up to K + 1 tokens.
     """
 
     verdict: verify.Verdict
     output: jax.Array
     deep: jax.Array | None
-    late: kv.KVCache
-    exit_entries: kv.KVCache | None
+    late: kv.KVCache | kv.Gathered
+    exit_entries: kv.KVCache | kv.Gathered | None
 
 
 def _verify(
@@ -196,9 +196,9 @@ def _verify(
         narrow = d._replace(tokens=d.tokens[:, : width - 1], chosen=d.chosen[:, : width - 1], probs=d.probs[:, : width - 1])
         draft_ids = jnp.zeros(0, jnp.int32) if branch is None else branch.draft_ids
         verdict = verify.accept(keys_B, narrow, draft_ids, llama.logits(config, params, x), sampling)
-        pad = draft.max_draft + 1 - width
+        late = kv.hold(late, draft.max_draft + 1)
         if branch is None:
-            return _Verified(verdict, x[:, 0, 0], None, kv.pad(late, pad), None)
+            return _Verified(verdict, x[:, 0, 0], None, late, None)
         deep, deep_BxWxD = None, None
         if branch.fusion is not None:
             own = llama.last_hidden(config, params, x)
@@ -206,7 +206,7 @@ def _verify(
             deep = jnp.take_along_axis(own, verdict.accepted[:, None, None], axis=1)[:, 0]
         fused = exit_branch.fuse(config, branch, hidden, deep_BxWxD)
         exit_entries = exit_branch.run_exit_block(config, branch, fused, start_B, None)[1]
-        return _Verified(verdict, x[:, 0, 0], deep, kv.pad(late, pad), kv.pad(exit_entries, pad))
+        return _Verified(verdict, x[:, 0, 0], deep, late, kv.hold(exit_entries, draft.max_draft + 1))
 
     return _switch_width(draft, drafted.drafts.count, at_width)
 

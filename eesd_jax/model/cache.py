@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from eesd_jax.model import cpu_cache
 from eesd_jax.model.config import ModelConfig
 
 
@@ -34,12 +35,27 @@ def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, bloc
     return KVCache(keys, values)
 
 
-def write(cache: KVCache, new: KVCache, start_B: jax.Array, after: jax.Array) -> KVCache:
+class Gathered(NamedTuple):
+    """New entries of all blocks as one array, on a CPU (see `cpu_cache`): float32 [A, room], and how many tokens they are of, int32."""
+
+    array: jax.Array
+    tokens: jax.Array
+
+
+def hold(entries: KVCache, slots: int) -> KVCache | Gathered:
+    """Entries of a pass of up to `slots` tokens for `write`, of one shape whatever their number, so that they can leave a conditional."""
+    if not entries.k or not cpu_cache.usable(entries.k[0]):
+        return pad(entries, slots - entries.k[0].shape[3] if entries.k else 0)
+    batch, heads, channels, tokens = entries.k[0].shape
+    return Gathered(cpu_cache.gather(entries.k + entries.v, batch * heads * channels * slots), jnp.int32(tokens))
+
+
+def write(cache: KVCache, new: KVCache | Gathered, start_B: jax.Array, after: jax.Array) -> KVCache:
     """Writes the new entries of one pass of T tokens at each row's own position.
 
     Args:
       cache: capacity S; `start + T <= S` must hold for every row, because `dynamic_update_slice` clamps and would overwrite live entries.
-      new: entries of T tokens, for the same blocks.
+      new: entries of T tokens, for the same blocks, or what `hold` made of them.
       start_B: int32 [B], the slot of each row's first new entry.
       after: the output of the pass that read the cache (any float array [B, ...]). The write is made to depend on it: XLA, left to choose,
         would write while blocks still read, and copy every cache every step to be able to.
@@ -47,6 +63,11 @@ def write(cache: KVCache, new: KVCache, start_B: jax.Array, after: jax.Array) ->
     # Zero, but XLA does not know: it cannot rule out a NaN. Each row looks at its own, so that devices need not tell each other.
     start_B = start_B + jnp.isnan(after[:, *[0] * (after.ndim - 1)]).astype(jnp.int32)
 
+    if isinstance(new, KVCache) and new.k and cpu_cache.usable(new.k[0]):
+        new = hold(new, new.k[0].shape[3])
+    if isinstance(new, Gathered):
+        caches, blocks = cpu_cache.scatter(cache.k + cache.v, new.array, new.tokens, start_B), len(cache.k)
+        return KVCache(caches[:blocks], caches[blocks:])
     keys = tuple(_write_rows(old, entries, start_B, 2) for old, entries in zip(cache.k, new.k, strict=True))
     values = tuple(_write_rows(old, entries, start_B, 1) for old, entries in zip(cache.v, new.v, strict=True))
     return KVCache(keys, values)

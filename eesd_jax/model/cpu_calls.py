@@ -64,13 +64,14 @@ class Job(NamedTuple):
     words: Sequence[str]
     address: ir.Value
 
-    def read(self, builder: ir.IRBuilder, name: str) -> ir.Value:
-        """A word: int64."""
-        return builder.load(field(builder, self.address, 8 * self.words.index(name), I64))
+    def read(self, builder: ir.IRBuilder, name: str, behind: ir.Value | None = None) -> ir.Value:
+        """A word: int64. With `behind` not that of the name, but of so many words behind it."""
+        word = field(builder, self.address, 8 * self.words.index(name), I64)
+        return builder.load(word if behind is None else builder.gep(word, [behind]))
 
-    def floats(self, builder: ir.IRBuilder, name: str) -> ir.Value:
+    def floats(self, builder: ir.IRBuilder, name: str, behind: ir.Value | None = None) -> ir.Value:
         """A word that is an address of floats."""
-        return builder.inttoptr(self.read(builder, name), FLOATS)
+        return builder.inttoptr(self.read(builder, name, behind), FLOATS)
 
 
 # Adds a function `chunk(job, index)` to the module: (module, names of the job's words, registers) -> the function.
