@@ -32,7 +32,8 @@ flags.DEFINE_string("model", "demo", "As for infer/benchmark.py.")
 flags.DEFINE_string("exit_branch", "auto", "As for infer/benchmark.py; none: lookup alone drafts.")
 flags.DEFINE_list("temperatures", ["0", "0.7", "1"], "Each is run with every batch size.")
 flags.DEFINE_list("batch_sizes", ["1", "4", "16"], "Each is run with every temperature.")
-flags.DEFINE_list("controllers", ["threshold:0.5", "beta", "beta:plain", "calibrated", DEFAULT_CONTROLLER], "Beside fixed:1..max_draft.")
+flags.DEFINE_list("controllers", ["threshold:0.5", "beta", "beta:plain", "calibrated", DEFAULT_CONTROLLER], "Beside the fixed lengths.")
+flags.DEFINE_list("fixed", None, "Fixed lengths to compare with; by default all, 1 to max_draft.")
 flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens that a round may draft.")
 flags.DEFINE_integer("max_new_tokens", 128, "Tokens of each answer.")
 flags.DEFINE_integer("limit", None, "Only the first so many conversations of each file.")
@@ -57,7 +58,8 @@ class Cell(NamedTuple):
 
     def arguments(self) -> list[str]:
         """Those of `infer/benchmark.py`."""
-        names = [f"fixed:{length}" for length in range(1, FLAGS.max_draft + 1)] + FLAGS.controllers
+        lengths = range(1, FLAGS.max_draft + 1) if FLAGS.fixed is None else FLAGS.fixed
+        names = [f"fixed:{length}" for length in lengths] + FLAGS.controllers
         if self.arms == "lookup":
             names = [name for name in names if name.partition(":")[0] in WITHOUT_BRANCH]
         values = {
