@@ -44,9 +44,11 @@ class Gathered(NamedTuple):
 
 def hold(entries: KVCache, slots: int) -> KVCache | Gathered:
     """Entries of a pass of up to `slots` tokens for `write`, of one shape whatever their number, so that they can leave a conditional."""
-    if not entries.k or not cpu_cache.usable(entries.k[0]):
-        return pad(entries, slots - entries.k[0].shape[3] if entries.k else 0)
+    if not entries.k:  # no block drafts
+        return entries
     batch, heads, channels, tokens = entries.k[0].shape
+    if not cpu_cache.usable(entries.k[0]):
+        return pad(entries, slots - tokens)
     return Gathered(cpu_cache.gather(entries.k + entries.v, batch * heads * channels * slots), jnp.int32(tokens))
 
 
