@@ -35,14 +35,17 @@ class Drafter(NamedTuple):
     def has_lookup(self) -> bool:
         return self.draft.longest_match > 0
 
+    @property
+    def _sources(self) -> dict[str, bool]:
+        return {"has_branch": self.branch is not None, "has_lookup": self.has_lookup}
+
     def needs_costs(self, spec: control.ControllerSpec) -> bool:
         """Whether the controller of that spec is built from measured costs."""
-        return control.needs_costs(spec, has_branch=self.branch is not None, has_lookup=self.has_lookup)
+        return control.needs_costs(spec, **self._sources)
 
     def controller(self, spec: control.ControllerSpec, costs: "RoundCosts | None") -> Controller | None:
         """The controller of that spec for these sources; None for plain decoding."""
-        sources = {"has_branch": self.branch is not None, "has_lookup": self.has_lookup}
-        return control.build_controller(spec, ControllerConfig(), self.calibration, costs, **sources)
+        return control.build_controller(spec, ControllerConfig(), self.calibration, costs, **self._sources)
 
 
 def read_drafter(folder: BranchFolder, target: LoadedModel, mesh: Mesh | None, draft: DraftConfig) -> Drafter:

@@ -134,6 +134,7 @@ def test_caches_stay_in_place(lm: Engine, batch: int):
     assert program.memory_analysis().alias_size_in_bytes >= sum(leaf.nbytes for leaf in jax.tree.leaves(state.cache))
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="where XLA takes them anew otherwise")
 def test_sines_are_taken_once_a_pass(lm: Engine):
     config, params, start = lm.model.config, lm.model.params, jnp.zeros(2, jnp.int32)
 

@@ -43,7 +43,15 @@ class Gathered(NamedTuple):
 
 
 def hold(entries: KVCache, slots: int) -> KVCache | Gathered:
-    """Entries of a pass of up to `slots` tokens for `write`, of one shape whatever their number, so that they can leave a conditional."""
+    """New entries for `write`, of one shape whatever their number of tokens, so that they can leave a conditional.
+
+    Args:
+      entries: [B, K, H, T] and [B, K, T, H] of each block, T at most `slots`.
+      slots: tokens that there is room for.
+
+    Returns:
+      In float32 on a CPU one array with their number; elsewhere entries of `slots` tokens, of which the last are zeros.
+    """
     if not entries.k:  # no block drafts
         return entries
     batch, heads, channels, tokens = entries.k[0].shape
