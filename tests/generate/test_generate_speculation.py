@@ -161,5 +161,19 @@ def test_compare_says_when_answers_differ(run, models, branches, monkeypatch):
     assert "\nidentical: no (sampled: " in run(*arguments, "--temperature=1").out
 
 
+@pytest.mark.parametrize(("slower", "pairs"), [(1, 3), (100, 1)])
+def test_compare_prints_medians_of_short_answers(run, models, branches, monkeypatch, slower, pairs):
+    stream, seconds = Engine.stream, {True: [4.0, 2.0, 20.0], False: [1.0, 9.0, 0.5]}
+
+    def timed(engine, prompt, *, controller, **options):
+        end = yield from stream(engine, prompt, controller=controller, **options)
+        return dataclasses.replace(end, seconds=slower * seconds[controller is None].pop(0))
+
+    monkeypatch.setattr(Engine, "stream", timed)
+    lines = run(*speculating(models, branches["good"]), "--prompt=hello", "--compare").out.splitlines()
+    assert "ratio: 4.00" in lines
+    assert [len(left) for left in seconds.values()] == [3 - pairs] * 2
+
+
 def test_compare_needs_a_prompt(run):
     assert_refused(run("--compare", "--exit_branch=auto"), "--compare is given without --prompt", "expected --prompt")
