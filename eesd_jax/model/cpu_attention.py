@@ -23,7 +23,9 @@ TARGET = "eesd_jax_cached_attention"
 _LANES = 16
 _VECTORS = 4
 # Multiplications below which waking another thread costs more than it brings.
-_SHARED = 1_000_000
+_SHARED = 100_000
+# How far ahead memory is asked for: channels of keys, each of which lies elsewhere, and positions of values.
+_AHEAD = 8
 _ARGUMENTS = (
     ("q", "batch", "tokens", "heads", "channels"),
     ("new_k", "new_k_batch", "kv_heads"),
@@ -85,12 +87,10 @@ def _add_chunk(module: ir.Module, words: Sequence[str], registers: cpu_calls.Reg
     kv_heads, heads, tokens = (job.read(builder, name) for name in ("kv_heads", "heads", "tokens"))
     queries = builder.mul(tokens, builder.sdiv(heads, kv_heads))
     groups = builder.sdiv(builder.add(queries, I64(registers.rows - 1)), I64(registers.rows))
-    first = builder.mul(builder.srem(index, groups), I64(registers.rows))
-    problem = builder.sdiv(index, groups)  # b * K + k
-    remaining = builder.sub(queries, first)
+    problem, group = builder.sdiv(index, groups), builder.srem(index, groups)  # b * K + k, and which share of its queries
+    first, end = cpu_calls.share(builder, queries, group, groups)
     for count, solver in solvers.items():
-        is_last = count == registers.rows
-        with builder.if_then(builder.icmp_signed(">=" if is_last else "==", remaining, I64(count))):
+        with builder.if_then(builder.icmp_signed("==", builder.sub(end, first), I64(count))):
             builder.call(solver, (job.address, problem, first))
     builder.ret_void()
     return builder.function
@@ -202,6 +202,7 @@ class _Solver:
         def multiply(channel: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
             line = b.gep(keys, [b.mul(channel, stride)])
             loaded = [self.load(b.gep(line, [I64(v * self.lanes)]), readable) for v in range(vectors)]
+            self.ask(b.gep(line, [b.mul(I64(_AHEAD), stride)]), vectors)
             values = [self.splat(b.load(b.gep(query, [channel]))) for query in q]
             return [b.call(self.fma, (values[i // vectors], loaded[i % vectors], before)) for i, before in enumerate(sums)]
 
@@ -251,6 +252,7 @@ class _Solver:
         def multiply(position: ir.Value, sums: Sequence[ir.Value]) -> list[ir.Value]:
             line = b.gep(values, [b.mul(position, channels)])
             loaded = [self.load(b.gep(line, [I64(v * self.lanes)])) for v in range(vectors)]
+            self.ask(b.gep(line, [b.mul(I64(_AHEAD), channels)]), vectors)
             factors = [self.splat(b.load(b.gep(row, [b.add(position, shift)]))) for row in weights]
             return [b.call(self.fma, (factors[i // vectors], loaded[i % vectors], before)) for i, before in enumerate(sums)]
 
@@ -293,6 +295,13 @@ class _Solver:
             self.module, f"llvm.masked.load.v{self.lanes}f32.p0v{self.lanes}f32", self.vector, pointer.type, I32, bits, self.vector
         )
         return self.builder.call(masked, (pointer, I32(4), readable, ir.Constant(self.vector, [0.0] * self.lanes)))
+
+    def ask(self, address: ir.Value, vectors: int) -> None:
+        """Asks memory for vectors that will be loaded soon, or, behind the end of an array, for nothing."""
+        prefetch = cpu_calls.external(self.module, "llvm.prefetch.p0i8", ir.VoidType(), BYTES, I32, I32, I32)
+        for v in range(vectors):
+            line = self.builder.bitcast(self.builder.gep(address, [I64(v * self.lanes)]), BYTES)
+            self.builder.call(prefetch, (line, I32(0), I32(3), I32(1)))
 
     def store(self, value: ir.Value, address: ir.Value) -> None:
         self.builder.store(value, self.builder.bitcast(address, self.vector.as_pointer()), align=4)
