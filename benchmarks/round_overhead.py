@@ -157,7 +157,7 @@ class Parts:
             return self.early(params, branch, self.exit(params, branch, state))
 
         state = jax.lax.fori_loop(0, drafts, one_draft, self.early(params, branch, state))
-        return self.verify(width_for(self.draft, drafts), params, branch, state)
+        return self.verify(self.draft.width_of(drafts), params, branch, state)
 
 
 class Work(NamedTuple):
@@ -189,11 +189,6 @@ def work_of_parts(engine: Engine, batch: int, context: int) -> dict[Any, Work]:
     keys, keys_read = [branch.block[name] for name in ("wk", "wv")], [exit_read[name] for name in ("wk", "wv")]
     works = {"early": work(early, (), (), len(early), 1), "exit": work([branch.block], exit_rest, [branch.head], 1, 1)}
     return works | {("verify", width): work(late, (last, keys_read), [head, *keys], len(late), width) for width in draft.widths}
-
-
-def width_for(draft: DraftConfig, drafts: int) -> int:
-    """The compiled width at which so many drafts are verified."""
-    return next(width for width in draft.widths if width > drafts)
 
 
 def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.Array) -> Any:
@@ -268,7 +263,7 @@ def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeat
     samples: dict[tuple[str, int], list[Sample]] = {}
     for repeat in range(repeats + 1):
         for drafts in range(draft.max_draft + 1):
-            others = ("early", "exit", ("verify", width_for(draft, drafts)))
+            others = ("early", "exit", ("verify", draft.width_of(drafts)))
             for name, controller in controllers.items():
                 asked = seconds_of(lambda c=controller, k=drafts: ask(c, k, batch, jnp.int32(steps))) / steps
                 sample = Sample(time_round(Leading(controller, drafts)), time_part(("bare", drafts)), *map(time_part, others), asked)
@@ -297,7 +292,7 @@ def part_rows(
     for (_, drafts), found in samples.items():
         seconds["early"] += [sample.early for sample in found]
         seconds["exit"] += [sample.exit for sample in found]
-        seconds["verify", width_for(draft, drafts)] += [sample.verify for sample in found]
+        seconds["verify", draft.width_of(drafts)] += [sample.verify for sample in found]
     rows = []
     for name, work in works.items():
         bound, taken = work.bytes / bandwidth, statistics.median(seconds[name])

@@ -78,6 +78,10 @@ class DraftConfig:
         """The widths to compile: those below max_draft + 1, and that one."""
         return (*(width for width in self.verify_widths if width <= self.max_draft), self.max_draft + 1)
 
+    def width_of(self, drafts: int) -> int:
+        """The narrowest of them, in tokens, that holds so many drafts and the token before them."""
+        return next(width for width in self.widths if width > drafts)
+
 
 NOT_QUANTIZED = "none"
 QUANTIZATIONS = (NOT_QUANTIZED, "int8", "int4")  # of the target's weights; see `model/quantized.py`

@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 PROMPT_TOKENS = 32
 ROUNDS = 8  # timed together, behind one that is not: starting a program costs as much as some rounds do
-REPEATS = 5  # of which the median counts
+REPEATS = 7  # of which the median counts
 
 
 class RoundCosts(NamedTuple):
@@ -88,28 +89,44 @@ def forced(engine: "Engine", drafts: int) -> Controller:
 def measure(engine: "Engine", batch: int) -> RoundCosts:
     """Times rounds of the real program, greedy, with the number of drafts forced.
 
-    Lengths take turns, so that a drift of the machine's speed does not favour one. Without a branch its costs are those of a round
-    without drafts.
+    Looked-up drafts cost nothing but the width of a pass, so of those that one width holds only the most are timed. Without a branch its
+    costs are those of a round without drafts.
     """
     timed, draft = endless(engine), engine.drafter.draft
     prompts = [[i % engine.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
     lengths = range(draft.max_draft + 1)
-    signed = [*lengths, *(-length for length in lengths if length and draft.longest_match)]  # negative: from lookup
-    if engine.drafter.branch is None:
-        signed = [length for length in signed if length <= 0]
-    times: dict[int, list[float]] = {length: [] for length in signed}
-    for repeat in range(REPEATS + 1):
-        for length in signed:
-            controller = forced(engine, length)
-            state = timed.prefill(prompts, [0] * batch, batch, _budget(engine), controller)
-            state = jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, 1))
-            start = time.perf_counter()
-            jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, ROUNDS))
-            if repeat > 0:  # the first time compiles
-                times[length].append((time.perf_counter() - start) / ROUNDS)
-    medians = {length: statistics.median(values) for length, values in times.items()}
-    exits = tuple(medians.get(length, medians[0]) for length in lengths)
-    return RoundCosts(exits, tuple(medians[-length] for length in lengths) if draft.longest_match else ())
+    by_branch = [] if engine.drafter.branch is None else [length for length in lengths if length]
+    look_up = [1 - draft.width_of(length) for length in lengths if length] if draft.longest_match else []  # negative: from lookup
+    controllers = {length: forced(engine, length) for length in (0, *by_branch, *look_up)}
+
+    def seconds(length: int) -> float:
+        state = timed.prefill(prompts, [0] * batch, batch, _budget(engine), controllers[length])
+        state = jax.block_until_ready(timed.decode(state, SamplingConfig(), controllers[length], 1))
+        start = time.perf_counter()
+        jax.block_until_ready(timed.decode(state, SamplingConfig(), controllers[length], ROUNDS))
+        return (time.perf_counter() - start) / ROUNDS
+
+    order = [*controllers, 0]
+    seconds(0)  # compiles
+    costs = combine(order, [[seconds(length) for length in order] for _ in range(REPEATS)])
+    exits = tuple(costs[length] if by_branch else costs[0] for length in lengths)
+    return RoundCosts(exits, (costs[0], *(costs[length] for length in look_up)) if draft.longest_match else ())
+
+
+def combine(order: Sequence[int], times: Sequence[Sequence[float]]) -> dict[int, float]:
+    """Seconds of each kind of round, from those of several repeats, in which they take turns.
+
+    Other work on the machine makes all of it slower for a while. So each repeat begins and ends with the same kind, and what counts is the
+    median of the ratios to the mean of these two.
+
+    Args:
+      order: the kinds, the first of them once more at the end.
+      times: of each repeat, seconds of each in that order.
+    """
+    ends = [math.sqrt(repeat[0] * repeat[-1]) for repeat in times]
+    unit = statistics.median(ends)
+    ratios = {kind: [repeat[i] / end for repeat, end in zip(times, ends, strict=True)] for i, kind in enumerate(order[:-1])}
+    return {kind: unit * statistics.median(values) for kind, values in ratios.items()} | {order[0]: unit}
 
 
 @functools.cache

@@ -146,6 +146,27 @@ def measurements(monkeypatch) -> list[int]:
     return batches
 
 
+def test_costs_are_those_of_a_quiet_machine_though_it_is_not():
+    order, quiet = [0, 1, -2, 0], [1.0, 1.2, 1.5, 1.0]
+    slower = [1.0, 3.0, 1.0, 2.0, 1.0]  # each repeat as a whole
+    times = [[factor * seconds for seconds in quiet] for factor in slower]
+    times[2] = [1.0, 9.0, 1.5, 1.0]  # and one of its rounds
+    assert cost_table.combine(order, times) == pytest.approx({0: 1.0, 1: 1.2, -2: 1.5})
+
+
+def test_rounds_that_one_width_holds_are_timed_once(monkeypatch):
+    draft = DraftConfig(1, 6, (1, 2, 4), longest_match=3)
+    assert draft.widths == (1, 2, 4, 7)
+    engine, timed, state = fake_engine(draft=draft), [], jnp.zeros(())
+    engine.prefill, engine.decode = lambda *args: state, lambda state, sampling, controller, steps: timed.append(controller.forced) or state
+    monkeypatch.setattr(cost_table, "endless", lambda engine: engine)
+    monkeypatch.setattr(cost_table, "combine", lambda order, times: {length: 1.0 - length / 10 for length in order})
+    costs = cost_table.measure(engine, 1)
+    assert costs.exit == (1.0,) * 7
+    assert costs.look_up == (1.0, 1.1, 1.3, 1.3, 1.6, 1.6, 1.6)
+    assert set(timed) == {0, -1, -3, -6}
+
+
 def test_costs_are_measured_once_and_kept_to_the_last_digit(folder, measurements):
     first = cost_table.round_costs(fake_engine(), 1)
     assert first == RoundCosts((1.0, 1 + 1 / 7, 1 + 2 / 7), ())
