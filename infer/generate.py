@@ -41,7 +41,11 @@ cli.define_model_flags()
 cli.define_distributed_flags()
 flags.DEFINE_bool("stream", None, "Show an answer as it comes; default: if stdout is a terminal.")
 flags.DEFINE_string("output", None, "File to write, one JSON object a turn.")
-flags.DEFINE_bool("compare", False, "Answer --prompt with plain decoding too, and print both speeds and whether the answers are identical.")
+flags.DEFINE_bool(
+    "compare",
+    False,
+    "Answer --prompt with plain decoding too, and print both speeds (medians of three, if it is quick) and whether the answers are identical.",
+)
 
 Write = Callable[[dict[str, Any]], None]
 
