@@ -131,9 +131,9 @@ def combine(order: Sequence[int], times: Sequence[Sequence[float]]) -> dict[int,
 
 @functools.cache
 def code_fingerprint() -> str:
-    """Of all code that decodes: what was timed with other code says nothing of this one."""
+    """Of all code that decodes, and of what times it: what was timed with other code says nothing of this one."""
     package = pathlib.Path(__file__).parent
-    files = [package / "engine.py", *sorted(package.glob("model/*.py")), *sorted(package.glob("decode/*.py"))]
+    files = [package / "engine.py", pathlib.Path(__file__), *sorted(package.glob("model/*.py")), *sorted(package.glob("decode/*.py"))]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -44,7 +44,7 @@ flags.DEFINE_string("output", None, "File to write, one JSON object a turn.")
 flags.DEFINE_bool(
     "compare",
     False,
-    "Answer --prompt with plain decoding too, and print both speeds (medians of three, if it is quick) and whether the answers are identical.",
+    "Answer --prompt with plain decoding too, and print both speeds (of short answers medians of three) and whether they are identical.",
 )
 
 Write = Callable[[dict[str, Any]], None]
