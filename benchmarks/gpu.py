@@ -5,10 +5,12 @@
     python benchmarks/gpu.py --shape=tiny --batch_sizes=1,2 --rows=2 --sequence_length=64     # anywhere, in a minute
 
 Plain decoding against the time to read all weights once at the bandwidth that copying reaches in the same run; rounds by the number of
-drafts, in plain steps; a step of distillation as a share of the data sheet's peak (of a measured product of matrices where there is
-no data sheet); a real model end to end, if --model is given; transformers + PyTorch `generate` on the same shape, where torch sees a GPU.
+drafts, with one candidate for each and with several, in plain steps; a step of distillation as a share of the data sheet's peak (of a
+measured product of matrices where there is no data sheet); a real model end to end, if --model is given; transformers + PyTorch `generate`
+on the same shape, where torch sees a GPU.
 """
 
+import dataclasses
 import gc
 import json
 import math
@@ -43,6 +45,7 @@ flags.DEFINE_string("shape", "meta-llama/Llama-2-13b-chat-hf", "Whose shape: a m
 flags.DEFINE_string("dtype", "bfloat16", "float32 or bfloat16.")
 flags.DEFINE_list("batch_sizes", ["1", "8"], "Rows that are decoded together.")
 flags.DEFINE_integer("max_draft", 8, "The most tokens that a round drafts.")
+flags.DEFINE_integer("candidates", 2, "Candidates for each of them in the rounds that are measured with several.")
 flags.DEFINE_integer("rows", 4, "Rows of a training step; 0: none is made.")
 flags.DEFINE_integer("sequence_length", 1024, "Tokens of such a row.")
 flags.DEFINE_string("model", None, "A real model to answer --prompt, as for infer/generate.py; default: none.")
@@ -87,6 +90,9 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
 
     plain = median_seconds(steps, REPEATS) / STEPS
     costs = cost_table.measure(engine, batch)
+    drafter = engine.drafter
+    several = drafter._replace(draft=dataclasses.replace(drafter.draft, candidates=FLAGS.candidates, longest_match=0))
+    costs_of_several = cost_table.measure(Engine(engine.model, engine.decode_config, several), batch)
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
     if not engine.model.config.tie_embeddings:
         weights -= engine.params["embed"].nbytes  # of which a step reads a few rows
@@ -99,6 +105,7 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
         "share_of_bound": bound / plain,
         "rounds_ms": [1e3 * seconds for seconds in costs.exit],
         "looked_up_rounds_ms": [1e3 * seconds for seconds in costs.look_up],
+        "rounds_with_candidates_ms": [1e3 * seconds for seconds in costs_of_several.exit],
     }
 
 
@@ -187,9 +194,14 @@ def show(result: dict[str, Any]) -> None:
         rows.append((*what, f"{one['tokens_per_second']:.1f}"))
     print(report.table(("batch", "plain step, ms", "bound, ms", "share of bound", "tokens/s"), rows))
     counts = range(FLAGS.max_draft + 1)
+    sources = {
+        "exit branch": "rounds_ms",
+        f"exit branch, {FLAGS.candidates} candidates": "rounds_with_candidates_ms",
+        "lookup": "looked_up_rounds_ms",
+    }
     lines = []
     for one in result["decoding"]:
-        for source, field in (("exit branch", "rounds_ms"), ("lookup", "looked_up_rounds_ms")):
+        for source, field in sources.items():
             lines.append((f"{source}, batch {one['batch_size']}", *(f"{value / one['plain_ms']:.2f}" for value in one[field])))
     print("\n" + report.table(("a round, in plain steps, by drafts", *map(str, counts)), lines))
     if training := result["training"]:
@@ -213,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--batch_sizes is {','.join(FLAGS.batch_sizes)!r}; expected positive integers")
     if FLAGS.dtype not in ("float32", "bfloat16"):
         raise UserError(f"--dtype is {FLAGS.dtype!r}; expected float32 or bfloat16")
-    for name, least in (("max_draft", 1), ("rows", 0), ("sequence_length", 2)):
+    for name, least in (("max_draft", 1), ("candidates", 1), ("rows", 0), ("sequence_length", 2)):
         if FLAGS[name].value < least:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= {least}")
     dtype, config = jnp.dtype(FLAGS.dtype), known.find_config(FLAGS.shape)

@@ -68,8 +68,8 @@ class Leading:
         # A confidence is never negative, but XLA does not know, and computes `wanted`.
         return jnp.where(confidence_B < 0, wanted, k < self.length), plan
 
-    def update(self, state: Any, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array) -> Any:
-        return self.inner.update(state, plan, drafted_B, accepted_B)
+    def update(self, state: Any, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array, *replaced_B: jax.Array) -> Any:
+        return self.inner.update(state, plan, drafted_B, accepted_B, *replaced_B)
 
     def mean(self, state: Any) -> jax.Array:
         return self.inner.mean(state)
@@ -142,7 +142,8 @@ class Parts:
         _, new_exit = exit_branch.run_exit_block(self.config, branch, h, start_B, None)
         none = jnp.zeros((batch, width - 1), jnp.int32)
         probs = jnp.zeros((batch, width - 1, branch.draft_ids.size), jnp.float32)
-        drafts = verify.Drafts(none, jnp.full(batch, width - 1), none, probs, jnp.zeros(batch, bool))
+        others = verify.empty_others(batch, width - 1, 0, branch.draft_ids.size)
+        drafts = verify.Drafts(none, jnp.full(batch, width - 1), none, probs, jnp.zeros(batch, bool), others)
         verdict = verify.accept(state.row_keys, drafts, branch.draft_ids, llama.logits(self.config, params, x), self.sampling)
         late = kv.write(kv.KVCache(cache.k[depth:], cache.v[depth:]), new, start_B, after=x)
         exit_cache = kv.write(state.draft.exit_cache, new_exit, start_B, after=x)

@@ -248,6 +248,7 @@ def describe_drafter(engine: Engine) -> dict[str, Any]:
         "longest_match": drafter.draft.longest_match if drafter else None,
         "ngrams": hashlib.sha256(drafter.ngrams.tobytes()).hexdigest()[:16] if drafter and drafter.ngrams is not None else None,
         "max_draft": drafter.draft.max_draft if drafter else None,
+        "candidates": drafter.draft.candidates if drafter else None,
     }
 
 

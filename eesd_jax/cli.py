@@ -77,6 +77,12 @@ def define_model_flags() -> None:
         "auto: the one that comes with the model, if there is one.",
     )
     flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens to draft in a round.")
+    flags.DEFINE_integer(
+        "candidates",
+        DraftConfig.candidates,
+        "Tokens that the branch offers for each place of a draft: it drafts on from the first, and the others are checked in the same "
+        "pass, in case that it is rejected. More than one may pay where a pass over more tokens costs little more, as on a GPU.",
+    )
 
 
 def define_generation_flags() -> None:
@@ -165,9 +171,11 @@ def check_generation_flags() -> None:
         control.parse_arms(FLAGS.arms)
     except UserError as error:
         raise UserError(f"--arms: {error}") from None
-    for name in ("max_new_tokens", "batch_size", "max_draft"):
+    for name in ("max_new_tokens", "batch_size", "max_draft", "candidates"):
         if FLAGS[name].value < 1:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= 1")
+    if FLAGS.candidates > 1 and "exit" not in FLAGS.arms:
+        raise UserError(f"--candidates is {FLAGS.candidates}, and --arms is {','.join(FLAGS.arms)!r}; expected 1, or arms with exit")
     if FLAGS.controller is not None:
         check_controller(FLAGS.controller, "--controller")
     check_quantize(FLAGS.quantize, "--quantize")
@@ -227,6 +235,7 @@ def load_from_flags() -> "Engine":
             decode_config=DecodeConfig(max_new_tokens=FLAGS.max_new_tokens, batch_size=FLAGS.batch_size, seed=FLAGS.seed),
             exit_branch=exit_branch,
             max_draft=FLAGS.max_draft,
+            candidates=FLAGS.candidates,
             arms=FLAGS.arms,
             ngrams=FLAGS.ngrams,
             quantize=FLAGS.quantize,

@@ -65,13 +65,26 @@ class DraftConfig:
     on several rows at once, so not every width is worth a program of its own.
 
     exit_layer: N; any number from 0 where there is no branch. longest_match: tokens that lookup asks a match to have in common with the
-    end of the text, at most; 0 for no lookup.
+    end of the text, at most; 0 for no lookup. candidates: of the branch for each token of a draft; the first one is drafted on from, and
+    the others are checked in the same pass, in case that it is rejected.
     """
 
     exit_layer: int
     max_draft: int = 8
     verify_widths: tuple[int, ...] = (1, 2, 3, 4, 5, 9, 17)
     longest_match: int = 0
+    candidates: int = 1
+
+    def __post_init__(self):
+        if self.max_draft < 1:
+            raise UserError(f"max_draft is {self.max_draft}; expected an integer >= 1")
+        if self.candidates < 1:
+            raise UserError(f"candidates is {self.candidates}; expected an integer >= 1")
+
+    @property
+    def others(self) -> int:
+        """Candidates beside the first one."""
+        return self.candidates - 1
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -69,6 +69,7 @@ def build_controller(
     *,
     has_branch: bool = True,
     has_lookup: bool = False,
+    candidates: int = 1,
 ) -> "Controller | None":
     """The controller of a spec; None for plain decoding.
 
@@ -77,17 +78,18 @@ def build_controller(
       costs: of rounds; only `cost_aware`, and the choice between sources, need them.
       has_branch: whether there is an exit branch.
       has_lookup: whether lookup drafts, too.
+      candidates: see `DraftConfig`.
     """
     if spec.kind == PLAIN:
         return None
-    inner = _branch_controller(spec, settings, calibration, costs) if has_branch else None
+    inner = _branch_controller(spec, settings, calibration, costs, candidates) if has_branch else None
     if not has_lookup:
         return inner
     from eesd_jax.decode.arms import Arms
 
     fixed = spec.value if spec.kind == "fixed" and not has_branch else None
     exit_cost, look_cost = (costs.exit, costs.look_up) if costs else ((), ())
-    return Arms(inner, exit_cost, look_cost, **_prior(settings), fixed=fixed)
+    return Arms(inner, exit_cost, look_cost, **_prior(settings), fixed=fixed, candidates=candidates)
 
 
 def needs_costs(spec: ControllerSpec, *, has_branch: bool, has_lookup: bool) -> bool:
@@ -100,7 +102,7 @@ def _prior(settings: ControllerConfig) -> dict[str, float]:
 
 
 def _branch_controller(
-    spec: ControllerSpec, settings: ControllerConfig, calibration: "Calibration", costs: "RoundCosts | None"
+    spec: ControllerSpec, settings: ControllerConfig, calibration: "Calibration", costs: "RoundCosts | None", candidates: int
 ) -> "Controller":
     from eesd_jax.decode.controllers import Beta, Calibrated, CostAware, Fixed, Threshold  # JAX, which who only parses names does without
 
@@ -114,4 +116,4 @@ def _branch_controller(
         case "calibrated":
             return Calibrated(**_prior(settings), calibration=calibration, kappa=settings.kappa, capacity=settings.capacity)
         case _:
-            return CostAware(**_prior(settings), calibration=calibration, cost=costs.exit)
+            return CostAware(**_prior(settings), calibration=calibration, cost=costs.exit, candidates=candidates)

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from eesd_jax import control
 from eesd_jax.config import ControllerConfig, DraftConfig
 from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.errors import UserError
 from eesd_jax.model.exit_branch import ExitBranch
 from eesd_jax.weights.branch_folder import BranchFolder
 from eesd_jax.weights.load import LoadedModel
@@ -45,15 +46,18 @@ class Drafter(NamedTuple):
 
     def controller(self, spec: control.ControllerSpec, costs: "RoundCosts | None") -> Controller | None:
         """The controller of that spec for these sources; None for plain decoding."""
-        return control.build_controller(spec, ControllerConfig(), self.calibration, costs, **self._sources)
+        candidates = self.draft.candidates
+        return control.build_controller(spec, ControllerConfig(), self.calibration, costs, **self._sources, candidates=candidates)
 
 
 def read_drafter(folder: BranchFolder, target: LoadedModel, mesh: Mesh | None, draft: DraftConfig) -> Drafter:
     """The branch of a folder, loaded for that target, with `draft` for all but its place.
 
     Raises:
-      UserError: the folder is damaged, or the branch is of another model.
+      UserError: the folder is damaged, the branch is of another model, or it can draft fewer tokens than there are to be candidates.
     """
     branch, info = folder.load(target.config, target.params, mesh)
+    if draft.candidates > branch.draft_ids.size:
+        raise UserError(f"candidates is {draft.candidates}; expected at most the {branch.draft_ids.size} tokens of the draft vocabulary")
     calibration = Calibration(info.calibration_slope, info.calibration_intercept)
     return Drafter(branch, dataclasses.replace(draft, exit_layer=info.exit_layer), calibration, trained=bool(info.training))

@@ -96,6 +96,7 @@ def load(
     decode_config: DecodeConfig = DecodeConfig(),
     exit_branch: str = "auto",
     max_draft: int = DraftConfig.max_draft,
+    candidates: int = DraftConfig.candidates,
     arms: Sequence[str] = ARMS,
     ngrams: str = "auto",
     quantize: str = NOT_QUANTIZED,
@@ -110,6 +111,8 @@ def load(
       exit_branch: a folder or a hub id; `none`; or `auto`: the branch that this package carries for the model, and none for models for
         which it carries none (which is warned of).
       max_draft: the most tokens that a round may draft, at least 1.
+      candidates: of the branch for each of them, at least 1; all but the first are there in case that it is rejected. They make a round
+        dearer, so this pays where a pass over more tokens costs little more, as on a GPU.
       arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none.
       ngrams: the file of n-grams that lookup goes on with where the text has nothing (train/ngrams.py); `none`; or `auto`: the one that
         this package carries for the model, if there is one.
@@ -120,14 +123,13 @@ def load(
       UserError: the model or the branch cannot be found or used; the message says why.
     """
     use_compilation_cache()
-    if max_draft < 1:
-        raise UserError(f"max_draft is {max_draft}; expected an integer >= 1")
     check_quantize(quantize)
     if dtype not in (None, "float32", "bfloat16"):
         raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     arms = control.parse_arms(arms)
     longest_match = LONGEST_MATCH if "lookup" in arms else 0
+    draft = DraftConfig(0, max_draft, longest_match=longest_match, candidates=candidates)
     if "exit" not in arms:
         exit_branch = "none"
     # Before the model, which can take minutes.
@@ -137,13 +139,14 @@ def load(
         folder = branch_folder.BranchFolder(shipped) if shipped else None
     elif exit_branch != "none":
         folder = branch_folder.BranchFolder(branch_folder.find_branch(exit_branch))
+    if folder is None and candidates > 1:
+        raise UserError(f"candidates is {candidates}, and there is no exit branch to draw them; expected 1")
     table = None
     if longest_match and ngrams != "none" and (file := ngram_file.shipped_ngrams(model) if ngrams == "auto" else ngrams):
         table = ngram_file.load_ngrams(file)
     target = load_model(model, jnp.dtype(dtype), mesh, quantize)
     if table is not None:
         ngram_file.check_ngrams(table, target.config.vocab_size)
-    draft = DraftConfig(0, max_draft, longest_match=longest_match)
     if folder is not None:
         drafter = read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
     else:

@@ -467,6 +467,10 @@ def test_a_wrong_branch_is_refused_before_the_model_is_read(tmp_path, monkeypatc
         eesd_jax.load(exit_branch=str(tmp_path))
     with pytest.raises(UserError, match="max_draft is 0; expected an integer >= 1"):
         eesd_jax.load(max_draft=0)
+    with pytest.raises(UserError, match="candidates is 0; expected an integer >= 1"):
+        eesd_jax.load(candidates=0)
+    with pytest.raises(UserError, match="candidates is 2, and there is no exit branch to draw them; expected 1"):
+        eesd_jax.load(candidates=2, arms=["lookup"])
 
 
 def test_auto_takes_the_branch_that_this_package_carries(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from eesd_jax.decode.controllers import (
+    REPLACED_MEAN,
     Beta,
     BetaState,
     Calibrated,
@@ -20,6 +21,7 @@ from eesd_jax.decode.controllers import (
     CostAware,
     CostState,
     Fixed,
+    Replacements,
     Threshold,
 )
 
@@ -124,7 +126,7 @@ def test_a_round_without_drafts_teaches_nothing_and_only_forgets(controller):
     for _ in range(3):
         plan = controller.propose(keys_of(1), after, jnp.array([True]))
         after = controller.update(after, plan, jnp.array([0]), jnp.array([0]))
-    for old, new, start in zip(before, after, prior, strict=True):
+    for old, new, start in zip(*map(jax.tree.leaves, (before, after, prior)), strict=True):
         np.testing.assert_allclose(new - start, 0.75**3 * (old - start), rtol=1e-4)
 
 
@@ -160,6 +162,36 @@ def test_the_confidence_is_corrected_by_what_was_found():
     # Odds of 1 are odds of 1/3.
     _, plan = controller.keep_drafting(keys_of(1), plan, jnp.int32(2), jnp.array([0.5]))
     np.testing.assert_allclose([plan.survival[0], plan.expected[0]], [0.75 * 0.25, 1.75 + 0.75 * 0.25], rtol=1e-5)
+
+
+def test_rejections_that_another_candidate_replaced_are_counted():
+    controller = CostAware(**PRIOR, calibration=Calibration(), cost=CPU_COST, candidates=2)
+    state = controller.init(2)
+    np.testing.assert_allclose(state.replacements.chance(2), REPLACED_MEAN)
+    np.testing.assert_allclose(state.replacements.chance(3), 1 - (1 - REPLACED_MEAN) ** 2, rtol=1e-6)
+    plan = controller.propose(keys_of(2), state, jnp.ones(2, bool))
+    for drafted, accepted, replaced in [((3, 2), (1, 1), (True, False)), ((2, 2), (2, 0), (False, True)), ((0, 1), (0, 0), (False, True))]:
+        state = controller.update(state, plan, jnp.array(drafted), jnp.array(accepted), jnp.array(replaced))
+    # Where all are accepted nothing was rejected. A discount of 0.5 with drafts, of 0.75 without.
+    np.testing.assert_allclose(state.replacements.rejected, [(1 * 0.5 + 0) * 0.75, (1 * 0.5 + 1) * 0.5 + 1], rtol=1e-6)
+    np.testing.assert_allclose(state.replacements.replaced, [(1 * 0.5 + 0) * 0.75, (0 * 0.5 + 1) * 0.5 + 1], rtol=1e-6)
+
+
+def test_another_candidate_counts_where_a_draft_is_rejected():
+    """The length is the best one with a token more wherever not all drafts are kept, as often as another candidate stood in for one."""
+    chance, cost = 0.9, (1.0, 1.5, 1.9, 2.2, 2.4, 2.5, 2.6, 2.7, 2.8)
+    controller = CostAware(**PRIOR, calibration=Calibration(), cost=cost, candidates=2)
+    found = []
+    for theta in (0.1, 0.4, 0.6, 0.8):
+        counts = Replacements(jnp.array([1e6]), jnp.array([chance * 1e6]))
+        count, _ = draft(controller, sure(theta)._replace(replacements=counts), keys_of(1), jnp.full((1, MAX_DRAFT), theta))
+        tokens = [
+            [expected_tokens(length, [], theta) + other * (1 - theta**length) for length in range(len(cost))] for other in (chance, 0)
+        ]
+        best, best_alone = (np.argmax(np.divide(of_length, cost)) for of_length in tokens)
+        assert count[0] == best
+        found.append(best != best_alone)
+    assert any(found)
 
 
 @pytest.mark.parametrize("discount", [0.0, 0.9, 1.0])

@@ -9,6 +9,7 @@ import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError, engine
 from eesd_jax.model import cache, llama
+from eesd_jax.model.tree import with_others
 
 PROMPTS = [[5, 9, 200, 31], [7], [11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23], [250, 3]]
 BUCKETS = DecodeConfig(max_new_tokens=12, prompt_buckets=(8, 16), min_capacity=32, stream_chunk=3)
@@ -31,6 +32,37 @@ def whole_pass_logits(lm: Engine, ids: list[int]) -> np.ndarray:
     x = llama.embed(params, jnp.array([ids]))
     x, _ = llama.forward_blocks(config, params["blocks"], x, jnp.zeros(1, jnp.int32), None, range(config.num_layers))
     return np.asarray(llama.logits(config, params, x)[0])
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_tokens_of_a_tree_see_their_own_way_alone(kind: str):
+    """Each is as if the tokens on its way from the root were the whole text, in a sliding window, too."""
+    model = tiny.loaded_model(kind, **({"sliding_window": 4} if kind == "mistral" else {}))
+    lm, prompts = Engine(model), [[5, 9, 200, 31, 7, 8], [11, 12, 13]]
+    width = max(map(len, prompts))
+    tree = with_others(3, 2)
+    assert tree.parents == (-1, 0, 1, 0, 0, 1, 1)
+    branches = np.random.default_rng(1).integers(3, 300, (2, len(tree.parents)))
+
+    @jax.jit
+    def run(params: llama.Params) -> jax.Array:
+        config, length = model.config, jnp.array([len(prompt) for prompt in prompts])
+        padded = jnp.array([prompt + [0] * (width - len(prompt)) for prompt in prompts])
+        every = range(config.num_layers)
+        _, held = llama.forward_blocks(config, params["blocks"], llama.embed(params, padded), 0 * length, None, every)
+        held = cache.pad(held, 10)
+        x, new = llama.forward_blocks(config, params["blocks"], llama.embed(params, jnp.array(branches)), length, held, every, tree)
+        assert new.k[0].shape[3] == len(tree.parents)
+        return llama.logits(config, params, x)
+
+    logits = np.asarray(run(lm.params))
+    for row, prompt in enumerate(prompts):
+        for slot in range(len(tree.parents)):
+            way, at = [], slot
+            while at >= 0:
+                way, at = [int(branches[row, at]), *way], tree.parents[at]
+            assert len(way) == tree.offsets[slot] + 1
+            np.testing.assert_allclose(logits[row, slot], whole_pass_logits(lm, prompt + way)[-1], atol=1e-4)
 
 
 def test_greedy_tokens_are_the_argmax_of_uncached_logits(lm: Engine):

@@ -26,8 +26,10 @@ def test_everything_is_measured(command, tmp_path):
         assert decoding["batch_size"] == batch
         assert decoding["share_of_bound"] == pytest.approx(decoding["bound_ms"] / decoding["plain_ms"])
         assert decoding["tokens_per_second"] == pytest.approx(1e3 * batch / decoding["plain_ms"])
-        assert len(decoding["rounds_ms"]) == len(decoding["looked_up_rounds_ms"]) == 3
-        assert all(0 < value < math.inf for value in (*decoding["rounds_ms"], decoding["plain_ms"], decoding["bound_ms"]))
+        rounds = [decoding[name] for name in ("rounds_ms", "looked_up_rounds_ms", "rounds_with_candidates_ms")]
+        assert [len(of_kind) for of_kind in rounds] == [3, 3, 3]
+        assert all(0 < value < math.inf for of_kind in rounds for value in of_kind)
+        assert all(0 < decoding[name] < math.inf for name in ("plain_ms", "bound_ms"))
     training = found["training"]
     assert training["tokens_per_second"] == pytest.approx(2 * 16 / training["step_ms"] * 1e3)
     assert training["share_of_peak"] == pytest.approx(training["tflops_per_second"] / training["peak_tflops_per_second"])

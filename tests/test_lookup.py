@@ -13,7 +13,7 @@ from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode import lookup
 from eesd_jax.decode.arms import LOOK_DISCOUNT, LOOK_MEAN, LOOK_WEIGHT, Arms, ArmsPlan, expected_tokens
-from eesd_jax.decode.controllers import Calibration, Fixed
+from eesd_jax.decode.controllers import Calibration, Fixed, Replacements
 from eesd_jax.decode.lookup import Lookup, expected_drafts, look_up
 from eesd_jax.drafter import Drafter
 from eesd_jax.errors import UserError
@@ -144,6 +144,20 @@ def test_learns_for_the_source_that_drafted():
     np.testing.assert_allclose(state.look_accepted[0], LOOK_DISCOUNT + 1)
     np.testing.assert_allclose(state.look_tested[0], 2 * LOOK_DISCOUNT + 1)
     np.testing.assert_allclose(state.look_hoped[0], 1.25 * LOOK_DISCOUNT + 0.5)
+
+
+def test_other_candidates_are_the_branchs_and_make_its_drafts_worth_more():
+    arms = Arms(Fixed(2), **CHEAP, **SETTINGS, candidates=2)
+    state = arms.init(3)
+    chance = jnp.array([[0.5, 0.75, 1.0]] * 3)
+    plan = ArmsPlan(jnp.array([3, 0, 0]), jnp.array([False, True, True]), chance, state.inner)
+    state = arms.update(state, plan, jnp.array([3, 2, 2]), jnp.array([1, 1, 1]), jnp.array([False, True, False]))
+    assert state.replacements.rejected.tolist() == [0, 1, 1]  # of looked-up drafts there is one
+    assert state.replacements.replaced.tolist() == [0, 1, 0]
+    sure_of_it = state._replace(replacements=Replacements(jnp.full(3, 1e6), jnp.full(3, 1e6)))
+    never = state._replace(replacements=Replacements(jnp.full(3, 1e6), jnp.zeros(3)))
+    branch = [propose(arms, sure(other, exits=0.1, looks=0.01), found(0, 0, 0)).branch.tolist() for other in (sure_of_it, never)]
+    assert branch == [[True] * 3, [False] * 3]
 
 
 def test_chances_are_corrected_by_what_became_of_others():

@@ -21,6 +21,7 @@ from eesd_jax.decode import controllers, loop, ngrams, sampling, speculative, ve
 from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.model import exit_branch, llama
+from eesd_jax.model.tree import Tree
 
 VOCABULARY, BUDGET, EOS, ROWS = 5, 4, 4, 2000
 PROMPTS = ([1, 2, 3], [0, 3])  # rows of different lengths, side by side
@@ -48,10 +49,17 @@ LOOKUP = {
     "n-grams and cost_aware": Arms(CONTROLLERS["cost_aware"], **COSTS, **BETA),
 }
 DEEP = ("fixed:3", "cost_aware")  # controllers of a branch with the second input
+# Several candidates for a place: how many, the controller, and whether the branch has the second input.
+TREES = {
+    "2, fixed:3": (2, CONTROLLERS["fixed:3"], False),
+    "3, cost_aware": (3, CONTROLLERS["cost_aware"], False),
+    "2, second input": (2, CONTROLLERS["fixed:3"], True),
+    "2, lookup": (2, LOOKUP["lookup and cost_aware"], False),
+}
 NGRAMS = jnp.asarray(ngrams.build(np.random.default_rng(0).integers(0, VOCABULARY, (20, 12)).tolist(), 1024))
 CONFIG = tiny.config(vocab_size=VOCABULARY, num_hidden_layers=3, hidden_size=16, intermediate_size=32)
 # Bonferroni over controllers x draft vocabularies x prompts x settings, at one false alarm in a thousand suites.
-BOUND = 1e-3 / ((len(CONTROLLERS) * 2 + len(DEEP) + len(LOOKUP)) * len(PROMPTS) * len(SETTINGS))
+BOUND = 1e-3 / ((len(CONTROLLERS) * 2 + len(DEEP) + len(TREES) + len(LOOKUP)) * len(PROMPTS) * len(SETTINGS))
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +152,17 @@ def test_texts_follow_the_law_of_the_target(params: llama.Params, exact: dict, n
 @pytest.mark.parametrize("name", DEEP)
 def test_texts_follow_the_law_with_a_second_input(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_texts(params, branch_of(params, [0, 2, 4], deep_input=True), CONTROLLERS[name]), exact) > BOUND
+
+
+def draw_with_candidates(params: llama.Params, name: str) -> dict[tuple[int, int], Counter]:
+    candidates, controller, deep_input = TREES[name]
+    draft = dataclasses.replace(DRAFT, candidates=candidates, longest_match=2 if isinstance(controller, Arms) else 0)
+    return draw_texts(params, branch_of(params, [0, 2, 4], deep_input=deep_input), controller, draft)
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_texts_follow_the_law_with_several_candidates(params: llama.Params, exact: dict, name: str):
+    assert smallest_p_value(draw_with_candidates(params, name), exact) > BOUND
 
 
 def draw_with_lookup(params: llama.Params, name: str) -> dict[tuple[int, int], Counter]:
@@ -248,6 +267,33 @@ def rejected_lookup_left_in_the_residual(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(verify, "_residual", lambda p, q: p)
 
 
+def candidates_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speculative, "with_others", lambda width, others: Tree(tuple(range(-1, width + (width - 1) * others - 1))))
+
+
+def others_with_the_first_ones_q(monkeypatch: pytest.MonkeyPatch) -> None:
+    draw = speculative._draw_candidates
+
+    def patched(*args):
+        first, *others = draw(*args)
+        return [first, *(other._replace(probs=first.probs) for other in others)]
+
+    monkeypatch.setattr(speculative, "_draw_candidates", patched)
+
+
+def token_behind_the_draft_that_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    accept = verify.accept_sampled
+
+    def patched(keys, drafts, ids, logits, settings):
+        # What the target says behind another candidate is taken from behind the draft.
+        width = drafts.tokens.shape[1] + 1
+        behind = jnp.repeat(logits[:, 1:width], drafts.others.tokens.shape[2], axis=1)
+        return accept(keys, drafts, ids, jnp.concatenate([logits[:, :width], behind], axis=1), settings)
+
+    monkeypatch.setattr(verify, "accept_sampled", patched)
+
+
+TREE_BUGS = [candidates_that_see_each_other, others_with_the_first_ones_q, token_behind_the_draft_that_was_replaced, residual_of_p]
 LOOKUP_BUGS = [looked_up_drafts_taken_for_drawn_ones, looked_up_drafts_accepted_unseen, rejected_lookup_left_in_the_residual]
 LAW_BUGS = [
     wrong_q,
@@ -271,6 +317,13 @@ def test_a_planted_bug_breaks_the_law(params: llama.Params, exact: dict, monkeyp
     draft_ids = [1, 3, 4] if bug is draft_ids_forgotten_in_the_residual else [0, 2, 4]
     counts = draw_texts(params, branch_of(params, draft_ids), controllers.Fixed(3))
     assert smallest_p_value(counts, exact) < BOUND / 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bug", TREE_BUGS, ids=lambda bug: bug.__name__)
+def test_a_planted_bug_in_trees_breaks_the_law(params: llama.Params, exact: dict, monkeypatch: pytest.MonkeyPatch, bug):
+    bug(monkeypatch)
+    assert smallest_p_value(draw_with_candidates(params, "2, fixed:3"), exact) < BOUND / 1000
 
 
 @pytest.mark.slow

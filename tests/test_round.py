@@ -33,10 +33,11 @@ def make_engine(
     max_draft: int = 3,
     *,
     deep_input: bool = False,
+    candidates: int = 1,
 ) -> Engine:
     model = MODEL()
     branch = exit_branch.init_exit_branch(model.config, model.params, exit_layer, start, deep_input=deep_input)
-    drafter = Drafter(branch, DraftConfig(exit_layer, max_draft, widths), Calibration(), trained=False)
+    drafter = Drafter(branch, DraftConfig(exit_layer, max_draft, widths, candidates=candidates), Calibration(), trained=False)
     return Engine(model._replace(eos_ids=eos_ids), OPTIONS, drafter)
 
 
@@ -157,6 +158,37 @@ def test_invariants_hold_with_a_second_input(deep: Engine, plain_tokens: list[li
         assert [generation.token_ids for generation in together] == plain_tokens
 
 
+def replacements(state: DecodeState) -> int:
+    """Rounds in which another candidate stood in for the rejected draft."""
+    log = state.draft.log
+    return int(np.sum((log.committed > log.accepted + 1) & (np.arange(log.committed.shape[1]) < log.rounds[:, None])))
+
+
+@pytest.mark.parametrize("deep_input", [False, True], ids=["one input", "two inputs"])
+def test_invariants_hold_with_several_candidates(deep_input: bool, plain_tokens: list[list[int]]):
+    tree = make_engine(*((0, "next") if deep_input else (2, "zero")), deep_input=deep_input, candidates=3)
+    for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):
+        for state in (after := states(tree, BETA, 8, sampling)):
+            assert_caches_hold_the_committed_tokens(tree, state)
+            assert_counts_agree(state, BETA)
+        assert replacements(after[-1]) > 0
+    for controller in (Fixed(3), BETA):
+        together = tree.generate_ids(PROMPTS, seeds=[0] * 4, controller=controller)
+        assert [generation.token_ids for generation in together] == plain_tokens
+
+
+def test_other_candidates_save_rounds(lm: Engine):
+    alone, among_three = (
+        sum(generation.rounds for generation in engine.generate_ids(PROMPTS, seeds=[0] * 4, controller=Fixed(1)))
+        for engine in (lm, make_engine(2, "zero", candidates=3))
+    )
+    assert among_three < alone
+
+
+def test_with_one_candidate_nothing_is_kept_of_others(lm: Engine):
+    assert replacements(states(lm, BETA, 8)[-1]) == 0
+
+
 def test_a_long_prompt_in_chunks_gives_the_second_input_of_a_short_one(deep: Engine):
     """Whatever chunk its end lies in, also where it is the first of one."""
     config, params, branch = deep.model.config, deep.model.params, deep.drafter.branch
@@ -248,8 +280,8 @@ def fresh_programs():
 def test_a_stale_exit_cache_is_seen(perfect: Engine, monkeypatch: pytest.MonkeyPatch, fresh_programs):
     run_exit_block = exit_branch.run_exit_block
 
-    def patched(config, branch, h, start, cache):
-        output, new = run_exit_block(config, branch, h, start, cache)
+    def patched(config, branch, h, start, cache, *tree):
+        output, new = run_exit_block(config, branch, h, start, cache, *tree)
         if cache is None:  # In verification the last position is forgotten, as by a branch that keeps only what it ran on itself.
             new = kv.KVCache((new.k[0].at[..., -1].set(0),), (new.v[0].at[:, :, -1].set(0),))
         return output, new
@@ -258,6 +290,22 @@ def test_a_stale_exit_cache_is_seen(perfect: Engine, monkeypatch: pytest.MonkeyP
     with pytest.raises(AssertionError, match="Not equal to tolerance"):
         for state in states(perfect, Fixed(3), 2):
             assert_caches_hold_the_committed_tokens(perfect, state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", ["late", "early"])
+def test_a_candidate_whose_entries_stay_where_they_were_is_seen(where: str, monkeypatch: pytest.MonkeyPatch, fresh_programs):
+    if where == "late":
+        monkeypatch.setattr(
+            speculative, "_slots_of_text", lambda verdict, width: jnp.zeros_like(verdict.other)[:, None] + jnp.arange(width)
+        )
+    else:
+        take = kv.take
+        monkeypatch.setattr(kv, "take", lambda entries, slots: take(entries, 0 * slots if slots.shape[1] == 1 else slots))
+    tree = make_engine(2, "zero", candidates=3)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        for state in states(tree, Fixed(3), 8):
+            assert_caches_hold_the_committed_tokens(tree, state)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.controllers import Controller, Replacements
 from eesd_jax.decode.lookup import Lookup, expected_drafts
 
 # Chosen by replaying answers of the built-in model, greedy and sampled, and random texts, in which lookup is never right. A draw, as for
@@ -31,7 +31,7 @@ class ArmsState(NamedTuple):
     """exit_alpha, exit_beta: float32 [B]. inner: of the branch's controller, or None.
 
     look_tested, look_hoped, look_accepted: float32 [B], discounted counts of looked-up drafts whose turn came, of how many of them were
-    expected to be right, and of how many were.
+    expected to be right, and of how many were. replacements: of the branch's rejected drafts; None where a place has one candidate.
     """
 
     exit_alpha: jax.Array
@@ -40,6 +40,7 @@ class ArmsState(NamedTuple):
     look_hoped: jax.Array
     look_accepted: jax.Array
     inner: Any
+    replacements: Replacements | None
 
 
 class ArmsPlan(NamedTuple):
@@ -78,6 +79,7 @@ class Arms:
       fixed: looked-up drafts wherever there is a match, whatever they cost; None to choose.
       forced: drafts of the branch in every row, or, where it is negative, of lookup, right or wrong: to measure what a round costs with the
         program that will decode. `NOT_FORCED` otherwise.
+      candidates: see `DraftConfig`.
     """
 
     inner: Controller | None
@@ -89,12 +91,14 @@ class Arms:
     idle_discount: float
     fixed: int | None = None
     forced: int = NOT_FORCED
+    candidates: int = dataclasses.field(default=1, metadata={"static": True})
 
     def init(self, batch: int) -> ArmsState:
         # Each array has memory of its own, because the loop is given all of it.
         alpha, beta = (jnp.full(batch, prior, jnp.float32) for prior in (self.prior_alpha, self.prior_beta))
         counts = (jnp.zeros(batch, jnp.float32) for _ in range(3))
-        return ArmsState(alpha, beta, *counts, None if self.inner is None else self.inner.init(batch))
+        inner = None if self.inner is None else self.inner.init(batch)
+        return ArmsState(alpha, beta, *counts, inner, Replacements.none(batch, self.candidates))
 
     def look_chance(self, state: ArmsState, chance_BxK: jax.Array) -> jax.Array:
         """The chance of looked-up drafts, corrected by what the row's drafts have taught, float32 [B, K]."""
@@ -127,6 +131,9 @@ class Arms:
         else:
             exit_theta = jax.vmap(jax.random.beta)(exit_keys, state.exit_alpha, state.exit_beta)
             exit_tokens, exit_cost = expected_tokens(exit_theta, lengths_L), jnp.array(self.exit_cost, jnp.float32)
+            if state.replacements is not None:
+                some_rejected_BxL = 1 - exit_theta[:, None] ** lengths_L
+                exit_tokens += state.replacements.chance(self.candidates)[:, None] * some_rejected_BxL
         exits_E = jnp.arange(exit_cost.size)
         # What a wider pass for looked-up drafts adds to a round in which the branch drafts for other rows.
         shared = look_cost[jnp.minimum(exits_E[:, None], lengths_L)]
@@ -147,7 +154,9 @@ class Arms:
         keep, inner = self.inner.keep_drafting(keys_B, plan.inner, k, confidence_B)
         return jnp.where(self.forced != NOT_FORCED, k < self.forced, keep) & plan.branch, plan._replace(inner=inner)
 
-    def update(self, state: ArmsState, plan: ArmsPlan, drafted_B: jax.Array, accepted_B: jax.Array) -> ArmsState:
+    def update(
+        self, state: ArmsState, plan: ArmsPlan, drafted_B: jax.Array, accepted_B: jax.Array, replaced_B: jax.Array | None = None
+    ) -> ArmsState:
         """Counts go to the source that drafted; a round without the branch lets its evidence fade a little."""
         failed_B = jnp.minimum(drafted_B - accepted_B, 1)
         looked = (plan.look_up > 0) & (drafted_B > 0)
@@ -159,11 +168,15 @@ class Arms:
             fade = jnp.where(by_branch, self.discount, self.idle_discount)
             return prior + fade * (count - prior) + jnp.where(by_branch, seen, 0)
 
-        inner = None
+        inner, replacements = None, state.replacements
         if self.inner is not None:
-            # Where lookup drafted, the branch's controller saw a round without drafts.
+            # Where lookup drafted, the branch's controller saw a round without drafts, and no other candidate was tested.
             counts = (jnp.where(by_branch, count, 0) for count in (drafted_B, accepted_B))
-            inner = self.inner.update(state.inner, plan.inner, *counts)
+            more = () if replaced_B is None else (replaced_B,)
+            inner = self.inner.update(state.inner, plan.inner, *counts, *more)
+        if replacements is not None:
+            fade = jnp.where(by_branch, self.discount, self.idle_discount)
+            replacements = replacements.learn(fade, jnp.where(by_branch, failed_B, 0), replaced_B)
         return ArmsState(
             learn(state.exit_alpha, self.prior_alpha, accepted_B),
             learn(state.exit_beta, self.prior_beta, failed_B),
@@ -172,6 +185,7 @@ class Arms:
                 for count, seen in ((state.look_tested, tested_B), (state.look_hoped, hoped_B), (state.look_accepted, accepted_B))
             ),
             inner,
+            replacements,
         )
 
     def mean(self, state: ArmsState) -> jax.Array:

@@ -6,7 +6,7 @@ decoding loop:
     state = controller.init(batch)
     plan = controller.propose(keys_B, state, running_B)                            # once a round
     keep, plan = controller.keep_drafting(keys_B, plan, k, confidence_B)           # before draft k, k = 0, 1, ...
-    state = controller.update(state, plan, drafted_B, accepted_B)                  # once a round
+    state = controller.update(state, plan, drafted_B, accepted_B)                  # once a round; see `Controller.update`
 
 Those here are pytrees, whose numbers are arguments of the compiled program: other numbers do not compile it again. One that is not is
 compiled in.
@@ -40,8 +40,12 @@ class Controller(Protocol):
         1 at k = 0.
         """
 
-    def update(self, state: Any, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array) -> Any:
-        """Learns from a round: the plan as it was in the end, and int32 [B] tokens drafted, and of those accepted."""
+    def update(self, state: Any, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array, replaced_B: jax.Array | None = None) -> Any:
+        """Learns from a round: the plan as it was in the end, and int32 [B] tokens drafted, and of those accepted.
+
+        Where a place has several candidates (`DraftConfig.candidates`) a fifth argument says in which rows another one stood in for the
+        rejected draft, bool [B]. It is not given otherwise.
+        """
 
     def mean(self, state: Any) -> jax.Array:
         """The expected acceptance of one draft, float32 [B]; NaN where the controller has no such belief."""
@@ -67,6 +71,31 @@ class BetaState(NamedTuple):
     beta: jax.Array
 
 
+# Of rejected drafts the next candidate was right for so many, and every text begins as if that had been seen of so many rejections.
+REPLACED_MEAN, REPLACED_WEIGHT = 0.3, 4.0
+
+
+class Replacements(NamedTuple):
+    """How often another candidate stood in for a rejected draft: discounted counts of rejections and of those, float32 [B] each."""
+
+    rejected: jax.Array
+    replaced: jax.Array
+
+    @classmethod
+    def none(cls, batch: int, candidates: int) -> "Replacements | None":
+        """Before the first round; None where a place has one candidate."""
+        return None if candidates == 1 else cls(jnp.zeros(batch, jnp.float32), jnp.zeros(batch, jnp.float32))
+
+    def chance(self, candidates: int) -> jax.Array:
+        """Of one of the others to stand in for a rejected draft, float32 [B]."""
+        expected = REPLACED_WEIGHT * (1 - (1 - REPLACED_MEAN) ** (candidates - 1))
+        return (self.replaced + expected) / (self.rejected + REPLACED_WEIGHT)
+
+    def learn(self, discount_B: jax.Array, failed_B: jax.Array, replaced_B: jax.Array) -> "Replacements":
+        """Behind a round with `failed_B` (0 or 1) rejections."""
+        return Replacements(discount_B * self.rejected + failed_B, discount_B * self.replaced + replaced_B)
+
+
 class _Stateless:
     def init(self, batch: int) -> NoState:
         return NoState(jnp.full(batch, jnp.nan, jnp.float32))
@@ -74,7 +103,9 @@ class _Stateless:
     def propose(self, keys_B: jax.Array, state: NoState, running_B: jax.Array) -> NoState:
         return state
 
-    def update(self, state: NoState, plan: NoState, drafted_B: jax.Array, accepted_B: jax.Array) -> NoState:
+    def update(
+        self, state: NoState, plan: NoState, drafted_B: jax.Array, accepted_B: jax.Array, replaced_B: jax.Array | None = None
+    ) -> NoState:
         return state
 
     def mean(self, state: NoState) -> jax.Array:
@@ -141,7 +172,9 @@ class Beta:
         """What a round leaves of a pseudo-count that began as `prior`, float32 [B]."""
         return prior + jnp.where(drafted_B > 0, self.discount, self.idle_discount) * (count_B - prior)
 
-    def update(self, state: BetaState, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array) -> BetaState:
+    def update(
+        self, state: BetaState, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array, replaced_B: jax.Array | None = None
+    ) -> BetaState:
         return BetaState(
             self.remembered(state.alpha, self.prior_alpha, drafted_B) + accepted_B,
             self.remembered(state.beta, self.prior_beta, drafted_B) + self.failures(drafted_B, accepted_B),
@@ -203,12 +236,13 @@ class CostState(NamedTuple):
     """What `CostAware` has learnt, float32 [B] each.
 
     alpha, beta: as in `BetaState`. predicted: how many of the same alpha + beta drafts the calibrated confidence expected to be accepted;
-    of the prior's, prior_alpha.
+    of the prior's, prior_alpha. replacements: of rejected drafts; None where a place has one candidate.
     """
 
     alpha: jax.Array
     beta: jax.Array
     predicted: jax.Array
+    replacements: Replacements | None = None
 
 
 class CostPlan(NamedTuple):
@@ -216,7 +250,8 @@ class CostPlan(NamedTuple):
 
     theta: float32 [B], drawn acceptance of the drafts to come. correction: float32 [B], added to the log odds that the confidence gives.
     confidence: float32 [B, K], calibrated, of the drafts so far. survival: float32 [B], probability that all drafts so far are accepted.
-    expected: float32 [B], tokens that the round gives if it stops here. running: bool [B].
+    expected: float32 [B], tokens that the round gives if it stops here, without other candidates. replaced: float32 [B], probability that
+    one of these stands in for a rejected draft. running: bool [B].
     """
 
     theta: jax.Array
@@ -224,6 +259,7 @@ class CostPlan(NamedTuple):
     confidence: jax.Array
     survival: jax.Array
     expected: jax.Array
+    replaced: jax.Array
     running: jax.Array
 
 
@@ -239,16 +275,22 @@ class CostAware(Beta):
     the difference between the acceptance found and the acceptance that the confidence had predicted for the same drafts. So the confidence
     is trusted to tell drafts from each other, and the counts to know their level.
 
+    Where a place has several candidates, a round that does not keep all its drafts gives one token more, as often as one of the others has
+    stood in for a rejected draft of this row.
+
     Attributes:
       calibration: from the branch's confidence to a probability of acceptance.
       cost: seconds of a round with 0, 1, ... K drafts; only their ratios matter.
+      candidates: see `DraftConfig`.
     """
 
     calibration: Calibration = dataclasses.field(kw_only=True)
     cost: tuple[float, ...] = dataclasses.field(kw_only=True)
+    candidates: int = dataclasses.field(default=1, kw_only=True, metadata={"static": True})
 
     def init(self, batch: int) -> CostState:
-        return CostState(*Beta.init(self, batch), predicted=jnp.full(batch, self.prior_alpha, jnp.float32))
+        predicted = jnp.full(batch, self.prior_alpha, jnp.float32)
+        return CostState(*Beta.init(self, batch), predicted, Replacements.none(batch, self.candidates))
 
     def propose(self, keys_B: jax.Array, state: CostState, running_B: jax.Array) -> CostPlan:
         found = jnp.log(state.alpha) - jnp.log(state.beta)
@@ -256,7 +298,8 @@ class CostAware(Beta):
         one = jnp.ones_like(state.alpha)
         nothing_BxK = jnp.zeros((one.size, len(self.cost) - 1), jnp.float32)
         theta = Beta.propose(self, keys_B, state, running_B)
-        return CostPlan(theta, found - predicted, nothing_BxK, survival=one, expected=one, running=running_B)
+        replaced = 0 * one if state.replacements is None else state.replacements.chance(self.candidates)
+        return CostPlan(theta, found - predicted, nothing_BxK, survival=one, expected=one, replaced=replaced, running=running_B)
 
     def keep_drafting(self, keys_B: jax.Array, plan: CostPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, CostPlan]:
         log_odds = self.calibration.log_odds(confidence_B)
@@ -268,13 +311,22 @@ class CostAware(Beta):
         ahead_L = jnp.arange(len(self.cost)) - k
         powers_BxL = jnp.where(ahead_L > 0, plan.theta[:, None] ** jnp.maximum(ahead_L, 1), 0.0)
         tokens_BxL = expected[:, None] + survival[:, None] * jnp.cumsum(powers_BxL, axis=1)
+        all_kept_BxL = survival[:, None] * jnp.where(ahead_L > 0, powers_BxL, 1.0)
+        tokens_BxL += plan.replaced[:, None] * (1 - all_kept_BxL)
         time_L = jnp.array(self.cost, jnp.float32) * jnp.sum(plan.running[:, None] / tokens_BxL, axis=0)
         best = jnp.argmin(jnp.where(ahead_L >= 0, time_L, jnp.inf))
         plan = plan._replace(confidence=confidence_BxK, survival=survival, expected=expected)
         return jnp.broadcast_to(best > k, confidence_B.shape), plan
 
-    def update(self, state: CostState, plan: CostPlan, drafted_B: jax.Array, accepted_B: jax.Array) -> CostState:
+    def update(
+        self, state: CostState, plan: CostPlan, drafted_B: jax.Array, accepted_B: jax.Array, replaced_B: jax.Array | None = None
+    ) -> CostState:
         learned = Beta.update(self, BetaState(state.alpha, state.beta), plan, drafted_B, accepted_B)
         tested = accepted_B + self.failures(drafted_B, accepted_B)
         said_BxK = jnp.where(jnp.arange(plan.confidence.shape[1]) < tested[:, None], plan.confidence, 0.0)
-        return CostState(*learned, self.remembered(state.predicted, self.prior_alpha, drafted_B) + jnp.sum(said_BxK, axis=1))
+        predicted = self.remembered(state.predicted, self.prior_alpha, drafted_B) + jnp.sum(said_BxK, axis=1)
+        replacements = state.replacements
+        if replacements is not None:
+            fade = jnp.where(drafted_B > 0, self.discount, self.idle_discount)
+            replacements = replacements.learn(fade, jnp.minimum(drafted_B - accepted_B, 1), replaced_B)
+        return CostState(*learned, predicted, replacements)

@@ -3,17 +3,19 @@
 `round_step` takes and returns the same kind of state as the plain step, so the loop, streaming and stop strings are shared. Within a round:
 
 1. Draft: blocks 1..N on the last committed token (and, in the same pass, on what lookup found in the text, where that is asked for), then,
-   while the controller wants another draft in some row, the exit branch and blocks 1..N on what it drafted. The hidden states behind
-   block N are kept.
-2. Verify: blocks N+1..L on those hidden states, in one pass as wide as the longest draft needs.
+   while the controller wants another draft in some row, the exit branch and blocks 1..N on what it drafted: on one token, or on several
+   candidates for its place in one pass, of which only the first is drafted on from. The hidden states behind block N are kept.
+2. Verify: blocks N+1..L on those hidden states, in one pass as wide as the longest draft needs; a tree, where there are several candidates.
 3. Accept: rejection sampling (`verify.py`); commit, cut at EOS and at the budget.
 4. Learn: the controller's state is updated from what was drafted and accepted.
 5. Roll back: only lengths say what is valid, so nothing is erased.
 
 The exit block's keys and values are plain projections of its input, and all of them are written in verification, also that of the last
-draft, which the branch itself never ran on; of a branch with a second input with what verification has found to stand there.
+draft, which the branch itself never ran on; of a branch with a second input with what verification has found to stand there. What was
+computed for another candidate moves to the place of the draft that it stands in for.
 
-Axes: B rows, K drafts at most, W = K + 1 positions, N blocks that draft, D hidden, Q draft vocabulary, E ids that end a text.
+Axes: B rows, K drafts at most, A other candidates for each, W = K + 1 positions, N blocks that draft, D hidden, Q draft vocabulary, E ids
+that end a text.
 """
 
 import functools
@@ -27,26 +29,30 @@ from eesd_jax.config import DraftConfig
 from eesd_jax.decode import ngrams, verify
 from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.lookup import look_up
-from eesd_jax.decode.sampling import Sampling, sample
+from eesd_jax.decode.sampling import Draw, Sampling, sample
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, DraftState, ExitState, RoundLog, empty_log
 from eesd_jax.model import cache as kv
 from eesd_jax.model import exit_branch, llama
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.tree import Tree, siblings, with_others
 
 
 class _Drafting(NamedTuple):
     """Carried from draft to draft.
 
-    k: int32 scalar, drafts so far. keep: bool [B], rows that draft on. hidden: [B, W, D] behind block N. drafts: see `verify.Drafts`.
-    plan: the controller's. early: caches of blocks 1..N. exit_cache: of the exit block, if there is one. deep: [B, D], see `fuse`.
+    k: int32 scalar, drafts so far. keep: bool [B], rows that draft on. hidden: [B, W, D] behind block N. others_hidden: [B, K A, D], of
+    other candidates. drafts: see `verify.Drafts`. plan: the controller's. early: caches of blocks 1..N. others_early: entries of these
+    blocks for other candidates, K A tokens. exit_cache: of the exit block, if there is one. deep: [B, D], see `fuse`.
     """
 
     k: jax.Array
     keep: jax.Array
     hidden: jax.Array
+    others_hidden: jax.Array
     drafts: verify.Drafts
     plan: Any
     early: kv.KVCache
+    others_early: kv.KVCache
     exit_cache: kv.KVCache | None
     deep: jax.Array | None
 
@@ -76,13 +82,9 @@ def _draft(
     useful = jnp.where(running, state.limit - state.length - 1, 0)
     decide_keys, draw_keys, plan_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
 
-    def early(tokens_BxT: jax.Array, k: jax.Array, caches: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
+    def early(tokens_BxT: jax.Array, k: jax.Array, caches: kv.KVCache, tree: Tree | None = None) -> tuple[jax.Array, kv.KVCache]:
         x = llama.embed(params, tokens_BxT)
-        return llama.forward_blocks(config, params["blocks"], x, state.length - 1 + k, caches, layers)
-
-    def early_step(token_B: jax.Array, k: jax.Array, caches: kv.KVCache) -> tuple[jax.Array, kv.KVCache]:
-        x, new = early(token_B[:, None], k, caches)
-        return x[:, 0], kv.write(caches, new, state.length - 1 + k, after=x)
+        return llama.forward_blocks(config, params["blocks"], x, state.length - 1 + k, caches, layers, tree)
 
     def decide(plan: Any, k: jax.Array, confidence_B: jax.Array, keep_B: jax.Array) -> tuple[jax.Array, Any]:
         keys = jax.vmap(jax.random.fold_in, (0, None))(decide_keys, k)
@@ -110,14 +112,20 @@ def _draft(
         caches = kv.write(caches, new, state.length - 1, after=hidden)
     else:
         looked, tokens = jnp.zeros(batch, jnp.int32), nothing
-        h, caches = early_step(last, jnp.int32(0), caches)
-        hidden = jnp.zeros((batch, max_draft + 1, h.shape[-1]), h.dtype).at[:, 0].set(h)
+        h_Bx1xD, new = early(last[:, None], jnp.int32(0), caches)
+        caches = kv.write(caches, new, state.length - 1, after=h_Bx1xD)
+        hidden = jnp.pad(h_Bx1xD, ((0, 0), (0, max_draft), (0, 0)))
         plan = controller.propose(plan_keys, state.draft.controller, running)
-    drafts = verify.Drafts(tokens, looked, nothing, jnp.zeros((batch, max_draft, _draft_vocab(branch)), jnp.float32), looked > 0)
+    probs = jnp.zeros((batch, max_draft, _draft_vocab(branch)), jnp.float32)
+    others = verify.empty_others(batch, max_draft, draft.others, _draft_vocab(branch))
+    drafts = verify.Drafts(tokens, looked, nothing, probs, looked > 0, others)
+    others_hidden = jnp.zeros((batch, max_draft * draft.others, hidden.shape[-1]), hidden.dtype)
+    others_early = kv.empty(config, batch, others_hidden.shape[1], hidden.dtype, blocks=draft.exit_layer)
     if branch is None:
-        return _Drafting(jnp.int32(0), jnp.zeros(batch, bool), hidden, drafts, plan, caches, None, None)
+        return _Drafting(jnp.int32(0), jnp.zeros(batch, bool), hidden, others_hidden, drafts, plan, caches, others_early, None, None)
     keep, plan = decide(plan, jnp.int32(0), jnp.ones(batch, jnp.float32), running & (looked == 0))
-    carry = _Drafting(jnp.int32(0), keep, hidden, drafts, plan, caches, state.draft.exit_cache, state.draft.deep)
+    exit_cache, deep = state.draft.exit_cache, state.draft.deep
+    carry = _Drafting(jnp.int32(0), keep, hidden, others_hidden, drafts, plan, caches, others_early, exit_cache, deep)
 
     def body(c: _Drafting) -> _Drafting:
         start_B = state.length - 1 + c.k
@@ -127,7 +135,7 @@ def _draft(
         exit_cache = kv.write(c.exit_cache, new, start_B, after=x)
         output_Bx1xD = exit_branch.draft_output(config, branch, x)
         logits_BxQ = exit_branch.draft_logits(branch, output_Bx1xD)[:, 0]
-        draw = sample(jax.vmap(jax.random.fold_in, (0, None))(draw_keys, c.k), logits_BxQ, sampling)
+        draw, *other_draws = _draw_candidates(draft.candidates, draw_keys, c.k, logits_BxQ, sampling)
         token_B = branch.draft_ids[draw.token]
         # Of the distribution as the branch gives it: a warped one would be sure of itself at temperature 0.
         chosen_logit = jnp.take_along_axis(logits_BxQ, draw.token[:, None], axis=1)[:, 0]
@@ -140,12 +148,42 @@ def _draft(
             chosen=c.drafts.chosen.at[:, c.k].set(draw.token),
             probs=c.drafts.probs.at[:, c.k].set(draw.probs),
         )
-        h, caches = early_step(token_B, c.k + 1, c.early)
+        others_hidden, others_early = c.others_hidden, c.others_early
+        if not draft.others:
+            x, new = early(token_B[:, None], c.k + 1, c.early)
+        else:
+            chosen, probs = (jnp.stack(field, axis=1) for field in zip(*other_draws, strict=True))
+            of_place = verify.Others(branch.draft_ids[chosen], chosen, probs)
+            drafts = drafts._replace(others=jax.tree.map(lambda all_K, new: all_K.at[:, c.k].set(new), c.drafts.others, of_place))
+            x, new = early(jnp.concatenate([token_B[:, None], of_place.tokens], axis=1), c.k + 1, c.early, siblings(draft.candidates))
+            first, rest = _split_first(new)
+            place_B = jnp.full(batch, c.k * draft.others)
+            others_hidden = jax.lax.dynamic_update_slice_in_dim(others_hidden, x[:, 1:], c.k * draft.others, axis=1)
+            new, others_early = first, kv.write(others_early, rest, place_B, after=x)
+        caches = kv.write(c.early, new, state.length + c.k, after=x)
         keep, plan = decide(c.plan, c.k + 1, confidence_B, c.keep)
         deep = None if c.deep is None else output_Bx1xD[:, 0]
-        return _Drafting(c.k + 1, keep, c.hidden.at[:, c.k + 1].set(h), drafts, plan, caches, exit_cache, deep)
+        hidden = c.hidden.at[:, c.k + 1].set(x[:, 0])
+        return _Drafting(c.k + 1, keep, hidden, others_hidden, drafts, plan, caches, others_early, exit_cache, deep)
 
     return jax.lax.while_loop(lambda c: jnp.any(c.keep), body, carry)
+
+
+def _draw_candidates(candidates: int, keys_B: jax.Array, k: jax.Array, logits_BxQ: jax.Array, sampling: Sampling) -> list[Draw]:
+    """Candidates for draft k, each drawn from what those before it leave of the branch's distribution."""
+    draws = []
+    for index in range(candidates):
+        # The first one draws what it would draw alone.
+        number = k if index == 0 else jnp.iinfo(jnp.int32).max - (k * candidates + index)
+        draws.append(sample(jax.vmap(jax.random.fold_in, (0, None))(keys_B, number), logits_BxQ, sampling))
+        logits_BxQ = jnp.where(jnp.arange(logits_BxQ.shape[1]) == draws[-1].token[:, None], -jnp.inf, logits_BxQ)
+    return draws
+
+
+def _split_first(entries: kv.KVCache) -> tuple[kv.KVCache, kv.KVCache]:
+    """The first token's, and those of the others."""
+    first = kv.KVCache(tuple(k[..., :1] for k in entries.k), tuple(v[:, :, :1] for v in entries.v))
+    return first, kv.KVCache(tuple(k[..., 1:] for k in entries.k), tuple(v[:, :, 1:] for v in entries.v))
 
 
 def _draft_vocab(branch: exit_branch.ExitBranch | None) -> int:
@@ -190,25 +228,49 @@ def _verify(
     start_B = state.length - 1
 
     def at_width(width: int) -> _Verified:
-        hidden = drafted.hidden[:, :width]
-        x, late = llama.forward_blocks(config, params["blocks"], hidden, start_B, state.cache, range(draft.exit_layer, config.num_layers))
-        d = drafted.drafts
-        narrow = d._replace(tokens=d.tokens[:, : width - 1], chosen=d.chosen[:, : width - 1], probs=d.probs[:, : width - 1])
+        drafts, hidden, tree = _narrow(drafted.drafts, width - 1), drafted.hidden[:, :width], None
+        if draft.others and width > 1:
+            tree = with_others(width, draft.others)
+            hidden = jnp.concatenate([hidden, drafted.others_hidden[:, : (width - 1) * draft.others]], axis=1)
+        x, late = llama.forward_blocks(
+            config, params["blocks"], hidden, start_B, state.cache, range(draft.exit_layer, config.num_layers), tree
+        )
         draft_ids = jnp.zeros(0, jnp.int32) if branch is None else branch.draft_ids
-        verdict = verify.accept(keys_B, narrow, draft_ids, llama.logits(config, params, x), sampling)
-        late = kv.hold(late, draft.max_draft + 1)
+        verdict = verify.accept(keys_B, drafts, draft_ids, llama.logits(config, params, x), sampling)
+
+        def along_text(entries: kv.KVCache) -> kv.KVCache | kv.Gathered:
+            if tree is not None:
+                entries = kv.take(entries, _slots_of_text(verdict, width))
+            return kv.hold(entries, draft.max_draft + 1)
+
         if branch is None:
-            return _Verified(verdict, x[:, 0, 0], None, late, None)
-        deep, deep_BxWxD = None, None
+            return _Verified(verdict, x[:, 0, 0], None, along_text(late), None)
+        deep, deep_BxTxD = None, None
         if branch.fusion is not None:
             own = llama.last_hidden(config, params, x)
-            deep_BxWxD = exit_branch.before(state.draft.deep, own)
-            deep = jnp.take_along_axis(own, verdict.accepted[:, None, None], axis=1)[:, 0]
-        fused = exit_branch.fuse(config, branch, hidden, deep_BxWxD)
-        exit_entries = exit_branch.run_exit_block(config, branch, fused, start_B, None)[1]
-        return _Verified(verdict, x[:, 0, 0], deep, late, kv.hold(exit_entries, draft.max_draft + 1))
+            deep_BxTxD = exit_branch.before(state.draft.deep, own, tree)
+            last_slot = verdict.accepted
+            if tree is not None:
+                last_slot = jnp.where(verdict.other < 0, last_slot, width + verdict.other)
+            deep = jnp.take_along_axis(own, last_slot[:, None, None], axis=1)[:, 0]
+        fused = exit_branch.fuse(config, branch, hidden, deep_BxTxD)
+        exit_entries = exit_branch.run_exit_block(config, branch, fused, start_B, None, tree)[1]
+        return _Verified(verdict, x[:, 0, 0], deep, along_text(late), along_text(exit_entries))
 
     return _switch_width(draft, drafted.drafts.count, at_width)
+
+
+def _narrow(drafts: verify.Drafts, count: int) -> verify.Drafts:
+    """The first `count` drafts, and the other candidates for them."""
+    tokens, chosen, probs = (field[:, :count] for field in (drafts.tokens, drafts.chosen, drafts.probs))
+    others = jax.tree.map(lambda field: field[:, :count], drafts.others)
+    return drafts._replace(tokens=tokens, chosen=chosen, probs=probs, others=others)
+
+
+def _slots_of_text(verdict: verify.Verdict, width: int) -> jax.Array:
+    """Which slots of the tree are the text, int32 [B, W]: the drafts', but for the one that another candidate stands in for."""
+    places_W, other = jnp.arange(width), verdict.other[:, None]
+    return jnp.where((places_W == verdict.accepted[:, None] + 1) & (other >= 0), width + other, places_W)
 
 
 def _where_rows(rows_B: jax.Array, new: jax.Array, before: jax.Array) -> jax.Array:
@@ -257,17 +319,27 @@ def round_step(
     exit_cache = None
     if branch is not None:
         exit_cache = kv.write(drafted.exit_cache, verified.exit_entries, start_B, after=verified.output)
-    cache = kv.KVCache(drafted.early.k + late.k, drafted.early.v + late.v)
+    accepted, other, token = verified.verdict
+    early = drafted.early
+    if draft.others:
+        # To where the rejected draft stands. Where none is kept this is behind the text, and anything may stand there.
+        of_other = kv.take(drafted.others_early, jnp.maximum(other, 0)[:, None])
+        early = kv.write(early, of_other, start_B + accepted + 1, after=verified.output)
+    cache = kv.KVCache(early.k + late.k, early.v + late.v)
 
-    # Commit: the accepted drafts and the target's own token, cut behind the first EOS and at the budget.
-    accepted, count = verified.verdict.accepted, drafted.drafts.count
+    # Commit: the accepted drafts, another candidate, if one is kept, and the target's own token; cut behind the first EOS, at the budget.
+    count = drafted.drafts.count
     place_W = jnp.arange(draft.max_draft + 1)
-    padded = jnp.pad(drafted.drafts.tokens, ((0, 0), (0, 1)))
-    new_BxW = jnp.where(place_W < accepted[:, None], padded, verified.verdict.token[:, None])
+    new_BxW = jnp.where(place_W < accepted[:, None], jnp.pad(drafted.drafts.tokens, ((0, 0), (0, 1))), token[:, None])
+    if draft.others:
+        others = drafted.drafts.others.tokens.reshape(batch, -1)
+        stand_in_Bx1 = jnp.take_along_axis(others, jnp.maximum(other, 0)[:, None], axis=1)
+        new_BxW = jnp.where((place_W == accepted[:, None]) & (other[:, None] >= 0), stand_in_Bx1, new_BxW)
     running = state.finish == RUNNING
-    within = place_W <= accepted[:, None]
+    offered = accepted + (other >= 0) + 1
+    within = place_W < offered[:, None]
     is_eos = within & jnp.isin(new_BxW, eos_ids_E)
-    up_to_eos = jnp.where(jnp.any(is_eos, axis=1), jnp.argmax(is_eos, axis=1) + 1, accepted + 1)
+    up_to_eos = jnp.where(jnp.any(is_eos, axis=1), jnp.argmax(is_eos, axis=1) + 1, offered)
     committed = jnp.where(running, jnp.minimum(up_to_eos, state.limit - state.length), 0)
     ended_by_eos = jnp.any(is_eos & (place_W < committed[:, None]), axis=1)
     length = state.length + committed
@@ -277,7 +349,9 @@ def round_step(
     # Learn from what was committed: drafts behind the end of the text count neither way.
     tested, kept = _tested_and_kept(count, accepted, committed)
     old = state.draft
-    learned = controller.update(old.controller, drafted.plan, tested, kept)
+    # Another candidate that is kept is one token, in a round that was cut as little as one without.
+    replaced = (other >= 0,) if draft.others else ()
+    learned = controller.update(old.controller, drafted.plan, tested, kept, *replaced)
     learned = jax.tree.map(functools.partial(_where_rows, running), learned, old.controller)
     log = RoundLog(
         old.log.rounds + running,

@@ -3,7 +3,12 @@
 Exact: float32 throughout, no epsilon. A draft x is accepted where `u * q(x) < p(x)` with u uniform in [0, 1), that is, with probability
 min(1, p/q); at the first rejection the token comes from norm(max(p - q, 0)); behind a round without one it comes from p itself.
 
-Axes: B rows, K drafts, W = K + 1 verified positions, Q draft vocabulary, V vocabulary.
+Where there are other candidates for the rejected draft, each is tested in turn against what the rejection before has left of p, and takes
+its own q off it in the same way (SpecInfer, Miao et al. 2024); candidates are drawn without replacement. Behind an accepted one the token
+comes from the target's distribution behind that one.
+
+Axes: B rows, K drafts, A other candidates for each, W = K + 1 positions of the text, T = W + K A verified tokens (`tree.with_others`),
+Q draft vocabulary, V vocabulary.
 """
 
 from typing import NamedTuple
@@ -14,12 +19,27 @@ import jax.numpy as jnp
 from eesd_jax.decode.sampling import Sampling, best_token, pick, warp
 
 
+class Others(NamedTuple):
+    """Other candidates for every draft: tokens and chosen int32 [B, K, A], probs float32 [B, K, A, Q]; see `Drafts`."""
+
+    tokens: jax.Array
+    chosen: jax.Array
+    probs: jax.Array
+
+
+def empty_others(batch: int, drafts: int, others: int, draft_vocab: int) -> Others:
+    """Room for them."""
+    none = jnp.zeros((batch, drafts, others), jnp.int32)
+    return Others(none, none, jnp.zeros((*none.shape, draft_vocab), jnp.float32))
+
+
 class Drafts(NamedTuple):
     """What was drafted in a round.
 
     tokens: int32 [B, K], ids of the target. count: int32 [B], how many of them are this row's.
     chosen: int32 [B, K], the tokens' places in the draft vocabulary. probs: float32 [B, K, Q], the distributions they were drawn from.
     looked_up: bool [B], rows whose drafts were not drawn at all: each is a point mass, and any token of the vocabulary.
+    others: what else was drawn for the place of each draft, given that draft and the others before it; unused in rows with looked-up ones.
     """
 
     tokens: jax.Array
@@ -27,12 +47,18 @@ class Drafts(NamedTuple):
     chosen: jax.Array
     probs: jax.Array
     looked_up: jax.Array
+    others: Others
 
 
 class Verdict(NamedTuple):
-    """accepted: int32 [B], drafts kept. token: int32 [B], the target's own token behind them."""
+    """What is kept of the drafts.
+
+    accepted: int32 [B], drafts kept. other: int32 [B], which of the K A other candidates is kept behind them, -1 for none.
+    token: int32 [B], the target's own token behind all that.
+    """
 
     accepted: jax.Array
+    other: jax.Array
     token: jax.Array
 
 
@@ -55,54 +81,87 @@ def _residual(p_BxV: jax.Array, q_BxV: jax.Array) -> jax.Array:
     return jnp.where(jnp.any(rest > 0, axis=1, keepdims=True), rest, p_BxV)
 
 
-def accept_greedy(drafts: Drafts, logits_BxWxV: jax.Array) -> Verdict:
+def _at(values_BxN: jax.Array, place_B: jax.Array) -> jax.Array:
+    """One value, or one array, of each row's: [B, N, ...] to [B, ...]."""
+    return jnp.take_along_axis(values_BxN, place_B.reshape(-1, *[1] * (values_BxN.ndim - 1)), axis=1)[:, 0]
+
+
+def _may_be_replaced(drafts: Drafts, accepted_B: jax.Array) -> jax.Array:
+    """Rows in which a draft was rejected that there are other candidates for, bool [B]."""
+    return (accepted_B < drafts.count) & ~drafts.looked_up
+
+
+def accept_greedy(drafts: Drafts, logits_BxTxV: jax.Array) -> Verdict:
     """Keeps the drafts that are the target's own argmax."""
-    target_BxW = best_token(logits_BxWxV)
-    ours = jnp.arange(drafts.tokens.shape[1]) < drafts.count[:, None]
-    accepted = _leading(ours & (drafts.tokens == target_BxW[:, :-1]))
-    return Verdict(accepted, jnp.take_along_axis(target_BxW, accepted[:, None], axis=1)[:, 0])
+    batch, drafted, others = drafts.others.tokens.shape
+    target_BxT = best_token(logits_BxTxV)
+    ours = jnp.arange(drafted) < drafts.count[:, None]
+    accepted = _leading(ours & (drafts.tokens == target_BxT[:, :drafted]))
+    token, other = _at(target_BxT, accepted), jnp.full(batch, -1)
+    if drafted and others:
+        place = jnp.minimum(accepted, drafted - 1)
+        hits_BxA = (_at(drafts.others.tokens, place) == token[:, None]) & _may_be_replaced(drafts, accepted)[:, None]
+        other = jnp.where(jnp.any(hits_BxA, axis=1), place * others + jnp.argmax(hits_BxA, axis=1), -1)
+        token = jnp.where(other < 0, token, _at(target_BxT, drafted + 1 + other))
+    return Verdict(accepted, other, token)
 
 
-def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxWxV: jax.Array, sampling: Sampling) -> Verdict:
+def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxTxV: jax.Array, sampling: Sampling) -> Verdict:
     """Keeps drafts by rejection sampling; greedy rows are point masses and need no case of their own."""
-    batch, width, vocabulary = logits_BxWxV.shape
-    per_position = Sampling(*(jnp.repeat(setting, width) for setting in sampling))
-    p_BxWxV = warp(logits_BxWxV.reshape(-1, vocabulary), per_position).reshape(batch, width, vocabulary)
-    accept_keys, token_keys = jax.vmap(jax.random.split, out_axes=1)(keys_B)
+    batch, verified, vocabulary = logits_BxTxV.shape
+    _, drafted, others = drafts.others.tokens.shape
+    per_position = Sampling(*(jnp.repeat(setting, verified) for setting in sampling))
+    p_BxTxV = warp(logits_BxTxV.reshape(-1, vocabulary), per_position).reshape(batch, verified, vocabulary)
+    accept_keys, token_keys, other_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
 
     # 1. Each draft against its own position.
-    u_BxK = jax.vmap(lambda key: jax.random.uniform(key, (width - 1,)))(accept_keys)
-    p_BxK = jnp.take_along_axis(p_BxWxV[:, :-1], drafts.tokens[..., None], axis=2)[..., 0]
+    u_BxK = jax.vmap(lambda key: jax.random.uniform(key, (drafted,)))(accept_keys)
+    p_BxK = jnp.take_along_axis(p_BxTxV[:, :drafted], drafts.tokens[..., None], axis=2)[..., 0]
     q_BxK = jnp.where(drafts.looked_up[:, None], 1.0, _probability(drafts))
-    ours = jnp.arange(width - 1) < drafts.count[:, None]
+    ours = jnp.arange(drafted) < drafts.count[:, None]
     accepted = _leading(ours & (u_BxK * q_BxK < p_BxK))
 
-    # 2. The token behind the accepted ones: q is nothing where no draft was rejected.
-    p_BxV = jnp.take_along_axis(p_BxWxV, accepted[:, None, None], axis=1)[:, 0]
-    rejected = accepted < drafts.count
-    if width > 1:
-        place = jnp.minimum(accepted, width - 2)
-        q_BxQ = jnp.take_along_axis(drafts.probs, place[:, None, None], axis=1)[:, 0]
-        q_BxV = q_BxQ if q_BxQ.shape[1] == vocabulary else jnp.zeros_like(p_BxV).at[:, draft_ids_Q].set(q_BxQ)
-        token_Bx1 = jnp.take_along_axis(drafts.tokens, place[:, None], axis=1)
-        q_BxV = jnp.where(drafts.looked_up[:, None], jnp.arange(vocabulary) == token_Bx1, q_BxV)
-        p_BxV = _residual(p_BxV, q_BxV * rejected[:, None])
-    token = pick(token_keys, p_BxV)
-    return Verdict(accepted, token)
+    # 2. What a rejection leaves of the target's distribution: q is nothing where no draft was rejected.
+    p_BxV, other = _at(p_BxTxV, accepted), jnp.full(batch, -1)
+    if not drafted:
+        return Verdict(accepted, other, pick(token_keys, p_BxV))
+
+    def of_vocabulary(q_BxQ: jax.Array) -> jax.Array:
+        return q_BxQ if q_BxQ.shape[1] == vocabulary else jnp.zeros_like(p_BxV).at[:, draft_ids_Q].set(q_BxQ)
+
+    place = jnp.minimum(accepted, drafted - 1)
+    point_BxV = jnp.arange(vocabulary) == _at(drafts.tokens, place)[:, None]
+    q_BxV = jnp.where(drafts.looked_up[:, None], point_BxV, of_vocabulary(_at(drafts.probs, place)))
+    p_BxV = _residual(p_BxV, q_BxV * (accepted < drafts.count)[:, None])
+
+    # 3. The other candidates for the rejected draft, each against what is left.
+    u_BxA = jax.vmap(lambda key: jax.random.uniform(key, (others,)))(other_keys)
+    tokens_BxA, chosen_BxA, probs_BxAxQ = (_at(field, place) for field in drafts.others)
+    replaceable = _may_be_replaced(drafts, accepted)
+    for i in range(others):
+        untried = replaceable & (other < 0)
+        left_BxV = p_BxV / jnp.sum(p_BxV, axis=1, keepdims=True)
+        q_x = _at(probs_BxAxQ[:, i], chosen_BxA[:, i])
+        kept = untried & (u_BxA[:, i] * q_x < _at(left_BxV, tokens_BxA[:, i]))
+        other = jnp.where(kept, place * others + i, other)
+        p_BxV = jnp.where((untried & ~kept)[:, None], _residual(left_BxV, of_vocabulary(probs_BxAxQ[:, i])), p_BxV)
+    if others:
+        p_BxV = jnp.where((other < 0)[:, None], p_BxV, _at(p_BxTxV, drafted + 1 + other))
+    return Verdict(accepted, other, pick(token_keys, p_BxV))
 
 
-def accept(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxWxV: jax.Array, sampling: Sampling) -> Verdict:
+def accept(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxTxV: jax.Array, sampling: Sampling) -> Verdict:
     """Accepts drafts and adds a token, per row.
 
     Args:
       keys_B: PRNG keys [B], used once.
       drafts: K drafts a row, of which the first `count` are its own.
       draft_ids_Q: int32 [Q], ids of the draft vocabulary.
-      logits_BxWxV: float32 [B, K + 1, V], the target's logits at the last committed token and behind each draft.
+      logits_BxTxV: float32 [B, T, V], the target's logits at the last committed token, behind each draft, and behind each other candidate.
       sampling: applied to the target as it was to the drafts.
     """
     return jax.lax.cond(
         jnp.all(sampling.temperature == 0),
-        lambda: accept_greedy(drafts, logits_BxWxV),
-        lambda: accept_sampled(keys_B, drafts, draft_ids_Q, logits_BxWxV, sampling),
+        lambda: accept_greedy(drafts, logits_BxTxV),
+        lambda: accept_sampled(keys_B, drafts, draft_ids_Q, logits_BxTxV, sampling),
     )

@@ -91,6 +91,14 @@ def _write_rows(old: jax.Array, entries: jax.Array, start_B: jax.Array, slot_axi
     return jax.vmap(write_row)(old, entries, start_B)
 
 
+def take(entries: KVCache, slots_BxT: jax.Array) -> KVCache:
+    """Of each row's entries those of other slots, int32 [B, T]."""
+    slots = slots_BxT[:, None, None]
+    keys = tuple(jnp.take_along_axis(k, slots, axis=3) for k in entries.k)
+    values = tuple(jnp.take_along_axis(v, slots.swapaxes(2, 3), axis=2) for v in entries.v)
+    return KVCache(keys, values)
+
+
 def pad(entries: KVCache, slots: int) -> KVCache:
     """Adds `slots` empty slots behind the entries."""
     keys = tuple(jnp.pad(k, ((0, 0), (0, 0), (0, 0), (0, slots))) for k in entries.k)

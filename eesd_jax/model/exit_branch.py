@@ -24,6 +24,7 @@ from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.cpu_integers import Integers
+from eesd_jax.model.tree import Tree
 
 STARTS = ("last", "next", "zero")
 
@@ -165,13 +166,15 @@ def fuse(config: ModelConfig, branch: ExitBranch, h_BxTxD: jax.Array, deep_BxTxD
     return llama.linear(jnp.concatenate([llama.rms_norm(h_BxTxD, norm, config.norm_eps), deep_BxTxD], axis=-1), weight, codes)
 
 
-def before(first_BxD: jax.Array, deep_BxTxD: jax.Array) -> jax.Array:
+def before(first_BxD: jax.Array, deep_BxTxD: jax.Array, tree: Tree | None = None) -> jax.Array:
     """Of each token that of the one before: [B, T, D], where `first_BxD` is of the one before all of them."""
-    return jnp.concatenate([first_BxD[:, None], deep_BxTxD[:, :-1]], axis=1)
+    if tree is None:
+        return jnp.concatenate([first_BxD[:, None], deep_BxTxD[:, :-1]], axis=1)
+    return jnp.concatenate([first_BxD[:, None], deep_BxTxD], axis=1)[:, np.array(tree.parents) + 1]
 
 
 def run_exit_block(
-    config: ModelConfig, branch: ExitBranch, h_BxTxD: jax.Array, start_B: jax.Array, cache: KVCache | None
+    config: ModelConfig, branch: ExitBranch, h_BxTxD: jax.Array, start_B: jax.Array, cache: KVCache | None, tree: Tree | None = None
 ) -> tuple[jax.Array, KVCache]:
     """Runs the exit block on T tokens; where only the keys and values are used, only they are computed.
 
@@ -179,14 +182,17 @@ def run_exit_block(
       h_BxTxD: of `fuse`.
       start_B: int32 [B], position of each row's first token.
       cache: the exit block's own (a tuple of one), read only; None where nothing came before.
+      tree: which of the tokens follow which; None: each the one before.
 
     Returns:
       The residual stream behind the exit block [B, T, D], and the block's new keys and values.
     """
-    rot = llama.rotation(config, start_B, h_BxTxD.shape[1])
+    offset_T = jnp.arange(h_BxTxD.shape[1]) if tree is None else jnp.asarray(tree.offsets)
+    rot = llama.rotation(config, start_B, offset_T)
     cached = (None, None) if cache is None else (cache.k[0], cache.v[0])
+    mask = None if tree is None else jnp.asarray(tree.mask)
     block = llama.Block(config)
-    x, k, v = block.apply({"params": branch.block}, h_BxTxD, rot, *cached, start_B, None, config.windows[-1])
+    x, k, v = block.apply({"params": branch.block}, h_BxTxD, rot, *cached, start_B, mask, config.windows[-1], offset_T)
     return x, KVCache((k,), (v,))
 
 

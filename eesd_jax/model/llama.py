@@ -28,6 +28,7 @@ from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.cpu_integers import Integers
 from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.tree import Tree
 
 Params = dict[str, Any]
 
@@ -104,6 +105,7 @@ def attention(
     start_B: jax.Array,
     mask_TxT: jax.Array | None,
     window: jax.Array | int | None,
+    offset_T: jax.Array | None = None,
 ) -> jax.Array:
     """Grouped-query attention of this pass's tokens over the valid cache and over each other.
 
@@ -113,9 +115,10 @@ def attention(
       q_BxTxNxH: rotated queries.
       new_k, new_v: [B, K, H, T] and [B, K, T, H], this pass's own (rotated) keys and values.
       cached_k, cached_v: [B, K, H, S] and [B, K, S, H], or None where nothing came before.
-      start_B: int32 [B]; row b's cache is valid in [0, start_b), and its tokens stand at positions start_b + t.
+      start_B: int32 [B]; row b's cache is valid in [0, start_b), and its tokens stand at positions start_b + offset_t.
       mask_TxT: bool [T, T] or [B, T, T], which of this pass's tokens see which (segments, when packed); None: all before, and self.
       window: attend to the last `window` positions only, self included; None for all.
+      offset_T: int32 [T]; None: 0, 1, 2, ...
 
     Returns:
       [B, T, N, H] in the queries' dtype; softmax in float32.
@@ -127,7 +130,7 @@ def attention(
         return cpu_attention.cached_attention(q_BxTxNxH, new_k, new_v, cached_k, cached_v, start_B, window)
     q = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     mask_TxT = causal_mask(length) if mask_TxT is None else mask_TxT
-    offset_T = jnp.arange(length)
+    offset_T = jnp.arange(length) if offset_T is None else offset_T
 
     def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:
         raw = einsum("bkgth,bkhs->bkgts", q, keys, preferred_element_type=jnp.float32)
@@ -210,6 +213,7 @@ class Block(nn.Module):
         start_B: jax.Array,
         mask_TxT: jax.Array | None,
         window: jax.Array | int | None,
+        offset_T: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns the residual stream [B, T, D] and this pass's keys [B, K, H, T] and values [B, K, T, H]. Arguments as in `attention`."""
         c = self.config
@@ -231,7 +235,7 @@ class Block(nn.Module):
             k = rms_norm(k, self._weight("k_norm", ones, **head_dim), c.norm_eps)
         q, k = rope.rotate(q, rot), rope.rotate(k, rot)
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, K, H, T], [B, K, T, H]
-        attended = attention(q, k, v, cached_k, cached_v, start_B, mask_TxT, window)
+        attended = attention(q, k, v, cached_k, cached_v, start_B, mask_TxT, window, offset_T)
         (out,) = self._linear(attended.reshape(*x.shape[:2], -1), heads, wo=embed)
         if c.out_bias:
             out += self._weight("bo", zeros, **embed)
@@ -273,6 +277,7 @@ def forward_blocks(
     start_B: jax.Array,
     cache: KVCache | None,
     layers: range,
+    tree: Tree | None = None,
 ) -> tuple[jax.Array, KVCache]:
     """Runs the blocks `layers` over T new tokens of every row, unrolled: the way of decoding.
 
@@ -284,29 +289,31 @@ def forward_blocks(
       start_B: int32 [B], how many tokens each row already has in the cache; the new ones stand at positions start_b + t.
       cache: all blocks' caches, read only; None where nothing came before (start must then be 0).
       layers: which blocks to run, in order.
+      tree: which of the new tokens follow which; None: each the one before.
 
     Returns:
       The residual stream after the last of `layers` [B, T, D], and the new keys and values of those blocks (tuples of len(layers)).
     """
-    length = x_BxTxD.shape[1]
-    rot = rotation(config, start_B, length)
+    offset_T = jnp.arange(x_BxTxD.shape[1]) if tree is None else jnp.asarray(tree.offsets)
+    rot = rotation(config, start_B, offset_T)
+    of_tree = (None, None) if tree is None else (jnp.asarray(tree.mask), offset_T)
     # Blocks with the same window are traced once; inlined, they make the same program as without this jit.
     run_block = jax.jit(Block(config).apply, static_argnums=7, inline=True)
     keys, values = [], []
     x = x_BxTxD
     for layer in layers:
         cached = (None, None) if cache is None else (cache.k[layer], cache.v[layer])
-        x, k, v = run_block({"params": blocks[layer]}, x, rot, *cached, start_B, None, config.windows[layer])
+        x, k, v = run_block({"params": blocks[layer]}, x, rot, *cached, start_B, of_tree[0], config.windows[layer], of_tree[1])
         keys.append(k)
         values.append(v)
     return x, KVCache(tuple(keys), tuple(values))
 
 
-def rotation(config: ModelConfig, start_B: jax.Array, length: int) -> rope.Rotation:
-    """Rotation of `length` tokens of every row behind its first start_b (int32 [B]), taken once a pass."""
+def rotation(config: ModelConfig, start_B: jax.Array, offset_T: jax.Array) -> rope.Rotation:
+    """Rotation of a pass's tokens at positions start_b + offset_t (int32 [B] and [T]), taken once a pass."""
 
     def take() -> rope.Rotation:
-        return rope.rotation(config.rope, config.head_dim, start_B[:, None] + jnp.arange(length))
+        return rope.rotation(config.rope, config.head_dim, start_B[:, None] + offset_T)
 
     if not cpu_calls.possible():
         return take()
