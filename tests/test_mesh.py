@@ -28,7 +28,12 @@ PROMPTS = [[5, 9, 200, 5, 9, 200, 5], [7]]
 
 
 def make_engine(
-    axes: dict[str, int], blocks: int = 3, longest_match: int = 0, kv_heads: int = 4, table: np.ndarray | None = None
+    axes: dict[str, int],
+    blocks: int = 3,
+    longest_match: int = 0,
+    kv_heads: int = 4,
+    table: np.ndarray | None = None,
+    candidates: int = 1,
 ) -> Engine:
     """A model with four heads over four or fewer, and a branch behind its first block that is right now and then.
 
@@ -43,7 +48,7 @@ def make_engine(
         homes = exit_branch.exit_branch_shardings(config, config.vocab_size, mesh)
         branch = jax.tree.map(jax.device_put, branch, homes)
     model = LoadedModel(config, load_params(config, source, jnp.dtype("float32"), mesh), tiny.loaded_model().tokenizer, ())
-    draft = DraftConfig(1, 2, verify_widths=(), longest_match=longest_match)
+    draft = DraftConfig(1, 2, verify_widths=(), longest_match=longest_match, candidates=candidates)
     return Engine(model, OPTIONS, Drafter(branch, draft, Calibration(), trained=False, ngrams=table))
 
 
@@ -62,6 +67,17 @@ def test_tokens_are_those_of_one_device(axes):
         found = many.generate_ids(PROMPTS, seeds=[0, 1], controller=controller)
         assert [generation.token_ids for generation in found] == expected
     assert sum(int(generation.log.drafted.sum()) for generation in found) > 0
+
+
+@SLOW
+def test_several_candidates_on_a_mesh():
+    logs = []
+    for axes in ({}, {"data": 2, "tensor": 2}):
+        found = make_engine(axes, candidates=3).generate_ids(PROMPTS, seeds=[0, 1], controller=Fixed(2))
+        logs.append([(generation.token_ids, generation.log.committed.tolist()) for generation in found])
+    assert logs[0] == logs[1]
+    plain = make_engine({}).generate_ids(PROMPTS, seeds=[0, 1], controller=None)
+    assert [tokens for tokens, _ in logs[0]] == [generation.token_ids for generation in plain]
 
 
 @SLOW
