@@ -14,7 +14,8 @@ class Rounds:
     Attributes:
       drafted: tokens drafted, those behind the end of the text included (their cost was paid).
       accepted: drafts that became text.
-      committed: tokens that became text: accepted + 1, or accepted where the text ended within the drafts.
+      committed: tokens that became text: accepted + 1, or accepted where the text ended within the drafts, or accepted + 2 where another
+        candidate stood in for a refused draft.
       mean: the controller's expected acceptance of a draft before the round; NaN where it has no such belief.
       looked_up: whether the drafts came from lookup in the text, not from the exit branch; none by default.
     """

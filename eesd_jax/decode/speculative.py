@@ -349,7 +349,7 @@ def round_step(
     # Learn from what was committed: drafts behind the end of the text count neither way.
     tested, kept = _tested_and_kept(count, accepted, committed)
     old = state.draft
-    # Another candidate that is kept is one token, in a round that was cut as little as one without.
+    # Controllers need not know of other candidates where there are none.
     replaced = (other >= 0,) if draft.others else ()
     learned = controller.update(old.controller, drafted.plan, tested, kept, *replaced)
     learned = jax.tree.map(functools.partial(_where_rows, running), learned, old.controller)

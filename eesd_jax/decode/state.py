@@ -20,8 +20,8 @@ class RoundLog(NamedTuple):
     """What every round did, from which all statistics are computed; [B, R] each, valid up to `rounds`.
 
     rounds: int32 [B]. drafted: int32, tokens drafted. accepted: int32, drafts committed. committed: int32, tokens committed: accepted + 1,
-    or accepted where the text ended within the drafts. mean: float32, the controller's expected acceptance before the round. looked_up:
-    bool, whether the drafts came from lookup.
+    or accepted where the text ended within the drafts, or accepted + 2 where another candidate stood in for a refused draft. mean: float32,
+    the controller's expected acceptance before the round. looked_up: bool, whether the drafts came from lookup.
     """
 
     rounds: jax.Array
