@@ -3,11 +3,13 @@
     python benchmarks/gpu.py --json=gpu.json
     python benchmarks/gpu.py --model=demo --prompt="Why is the sky blue?"
     python benchmarks/gpu.py --shape=tiny --batch_sizes=1,2 --rows=2 --sequence_length=64     # anywhere, in a minute
+    python benchmarks/gpu.py --count="NVIDIA H200"     # anywhere, at once: nothing is run
 
 Plain decoding against the time to read all weights once at the bandwidth that copying reaches in the same run; rounds by the number of
 drafts, with one candidate for each and with several, in plain steps; a step of distillation as a share of the data sheet's peak (of a
 measured product of matrices where there is no data sheet); a real model end to end, if --model is given; transformers + PyTorch `generate`
-on the same shape, where torch sees a GPU.
+on the same shape, where torch sees a GPU. --count says what each part of a round reads and computes, and how long that takes a chip at
+least, by its data sheet; times of a run are held against the same bounds, with the bandwidth that it measured.
 """
 
 import dataclasses
@@ -25,17 +27,18 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from rates import copy_bandwidth, matrix_rate, median_seconds
-from stand_in import untrained_drafter
+from stand_in import DRAFT_VOCAB, untrained_drafter
+from work import Work, least_round, work_of_parts
 
 import eesd_jax
 from eesd_jax import cli, cost_table, report
-from eesd_jax.config import LONGEST_MATCH, DecodeConfig, LossConfig, OptimizerConfig, SamplingConfig
+from eesd_jax.config import LONGEST_MATCH, DecodeConfig, DraftConfig, LossConfig, OptimizerConfig, SamplingConfig
 from eesd_jax.distill import step, teacher
 from eesd_jax.distill.data import Batch
 from eesd_jax.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.hardware import cpu_name, find_chip
-from eesd_jax.model import llama, sharding
+from eesd_jax.model import exit_branch, llama, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights import known, tiny
 from eesd_jax.weights.load import LoadedModel
@@ -50,6 +53,7 @@ flags.DEFINE_integer("rows", 4, "Rows of a training step; 0: none is made.")
 flags.DEFINE_integer("sequence_length", 1024, "Tokens of such a row.")
 flags.DEFINE_string("model", None, "A real model to answer --prompt, as for infer/generate.py; default: none.")
 flags.DEFINE_string("prompt", "Why is the sky blue?", "What it is asked.")
+flags.DEFINE_string("count", None, "A chip, by its name; nothing is run, and the least time of each part on it is counted.")
 flags.DEFINE_string("json", None, "File to write the result to.")
 
 STEPS, REPEATS = 16, 5
@@ -93,6 +97,8 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
     drafter = engine.drafter
     several = drafter._replace(draft=dataclasses.replace(drafter.draft, candidates=FLAGS.candidates, longest_match=0))
     costs_of_several = cost_table.measure(Engine(engine.model, engine.decode_config, several), batch)
+    works = work_of_parts(engine.model.config, drafter.draft, engine.params, engine.branch, batch, PROMPT_TOKENS)
+    bounds = [least_round(works, drafter.draft, drafts, bandwidth) for drafts in range(FLAGS.max_draft + 1)]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
     if not engine.model.config.tie_embeddings:
         weights -= engine.params["embed"].nbytes  # of which a step reads a few rows
@@ -103,6 +109,7 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
         "bound_ms": 1e3 * bound,
         "tokens_per_second": batch / plain,
         "share_of_bound": bound / plain,
+        "round_bounds_ms": [1e3 * seconds for seconds in bounds],
         "rounds_ms": [1e3 * seconds for seconds in costs.exit],
         "looked_up_rounds_ms": [1e3 * seconds for seconds in costs.look_up],
         "rounds_with_candidates_ms": [1e3 * seconds for seconds in costs_of_several.exit],
@@ -186,6 +193,40 @@ def measure_transformers() -> dict[str, Any] | None:
     return {"tokens_per_second": NEW_TOKENS / min(seconds[1:])}
 
 
+def count_work(config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[DraftConfig, dict[Any, Work]]:
+    """Of every part of a round of such a model, of which nothing is allocated; N and the draft vocabulary as in `make_engine`."""
+    draft = DraftConfig(max(1, config.num_layers // 8), FLAGS.max_draft)
+
+    def of_dtype(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), tree)
+
+    params = of_dtype(nn.meta.unbox(sharding.abstract_params(config)))
+    branch = of_dtype(exit_branch.abstract_exit_branch(config, min(DRAFT_VOCAB, config.vocab_size)))
+    return draft, work_of_parts(config, draft, params, branch, batch, PROMPT_TOKENS)
+
+
+def count(config: ModelConfig, dtype: jnp.dtype, batches: Sequence[int]) -> dict[str, Any]:
+    """Prints what the parts of a round do, and what a chip needs for them at least."""
+    chip = find_chip(FLAGS.count)
+    if chip is None:
+        raise UserError(f"--count is {FLAGS.count!r}; expected a chip whose data sheet is known, as 'NVIDIA H200' or 'TPU v5p'")
+    header = ("part", "batch", "GB", "GFLOP", "ms at least, memory", "ms at least, arithmetic")
+    lines, found = [], []
+    for batch in batches:
+        draft, works = count_work(config, dtype, batch)
+        for name, work in works.items():
+            label = {"early": f"blocks 1..{draft.exit_layer}, one token", "exit": "exit block, head"}.get(name) or f"verify {name[1]}"
+            times = (f"{1e3 * work.bytes / chip.bandwidth:.3f}", f"{1e3 * work.flops / chip.flops:.3f}")
+            lines.append((label, str(batch), f"{work.bytes / 1e9:.3f}", f"{work.flops / 1e9:.1f}", *times))
+        rounds = [1e3 * least_round(works, draft, drafts, chip.bandwidth, chip.flops) for drafts in range(FLAGS.max_draft + 1)]
+        parts = {label: work._asdict() for (label, *_), work in zip(lines[-len(works) :], works.values(), strict=True)}
+        found.append({"batch_size": batch, "parts": parts, "round_bounds_ms": rounds})
+    print(report.table(header, lines))
+    rows = [(f"batch {one['batch_size']}", *(f"{bound:.2f}" for bound in one["round_bounds_ms"])) for one in found]
+    print("\n" + report.table(("a round at least, ms, by drafts", *map(str, range(FLAGS.max_draft + 1))), rows))
+    return {"shape": FLAGS.shape, "dtype": FLAGS.dtype, "chip": FLAGS.count, "counted": found}
+
+
 def show(result: dict[str, Any]) -> None:
     """Tables of it."""
     rows = []
@@ -195,6 +236,7 @@ def show(result: dict[str, Any]) -> None:
     print(report.table(("batch", "plain step, ms", "bound, ms", "share of bound", "tokens/s"), rows))
     counts = range(FLAGS.max_draft + 1)
     sources = {
+        "the least that memory allows": "round_bounds_ms",
         "exit branch": "rounds_ms",
         f"exit branch, {FLAGS.candidates} candidates": "rounds_with_candidates_ms",
         "lookup": "looked_up_rounds_ms",
@@ -218,6 +260,13 @@ def show(result: dict[str, Any]) -> None:
         print(f"\ntransformers generate, batch 1: {peer['tokens_per_second']:.1f} tokens/s")
 
 
+def write(result: dict[str, Any]) -> None:
+    """To --json, if it is given."""
+    if FLAGS.json:
+        with cli.whole_file(FLAGS.json) as file:
+            json.dump(result, file, indent=2)
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     batches = [int(size) for size in FLAGS.batch_sizes if size.isdecimal() and int(size) > 0]
@@ -229,6 +278,9 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS[name].value < least:
             raise UserError(f"--{name} is {FLAGS[name].value}; expected an integer >= {least}")
     dtype, config = jnp.dtype(FLAGS.dtype), known.find_config(FLAGS.shape)
+    if FLAGS.count is not None:
+        write(count(config, dtype, batches))
+        return
     bandwidth = copy_bandwidth()
     device = jax.devices()[0].device_kind
     print(f"{FLAGS.shape}, {FLAGS.dtype}, on {device} ({cpu_name()}); copies move {bandwidth / 1e9:,.0f} GB/s\n", flush=True)
@@ -241,9 +293,7 @@ def main(argv: Sequence[str]) -> None:
     result["model"] = measure_model() if FLAGS.model else None
     result["transformers"] = measure_transformers()
     show(result)
-    if FLAGS.json:
-        with cli.whole_file(FLAGS.json) as file:
-            json.dump(result, file, indent=2)
+    write(result)
 
 
 if __name__ == "__main__":

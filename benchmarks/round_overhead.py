@@ -28,6 +28,7 @@ import jax.numpy as jnp
 from absl import flags
 from rates import read_bandwidth
 from stand_in import untrained_drafter
+from work import Work, work_of_parts
 
 import eesd_jax
 from eesd_jax import cli, control, cost_table, report
@@ -161,37 +162,6 @@ class Parts:
         return self.verify(self.draft.width_of(drafts), params, branch, state)
 
 
-class Work(NamedTuple):
-    """What a part does, once. bytes: of weights and of the valid part of caches. flops: of products and of attention."""
-
-    bytes: int
-    flops: int
-
-
-def work_of_parts(engine: Engine, batch: int, context: int) -> dict[Any, Work]:
-    """By the names of `Parts.loops`, the bare rounds aside; `context` tokens are in the caches."""
-    config, draft, params, branch = engine.model.config, engine.drafter.draft, engine.params, engine.branch
-
-    def work(blocks: Sequence[llama.Params], rest: Any, matrices: Sequence[jax.Array], caches: int, tokens: int) -> Work:
-        weights = [weight for block in blocks for weight in block.values() if isinstance(weight, jax.Array) and weight.ndim == 2]
-        entries = sum(weight.size for weight in (*weights, *matrices))
-        read = sum(leaf.nbytes for leaf in jax.tree.leaves(([llama.weights_read(block) for block in blocks], rest)))
-        of_cache = 2 * config.num_kv_heads * config.head_dim * context * params["final_norm"].dtype.itemsize
-        attention = 4 * config.num_heads * config.head_dim * context * caches
-        return Work(read + batch * caches * of_cache, batch * tokens * (2 * entries + attention))
-
-    early, late = params["blocks"][: draft.exit_layer], params["blocks"][draft.exit_layer :]
-    head = params["embed" if config.tie_embeddings else "lm_head"]
-    model_read = llama.weights_read(params)
-    last = (model_read["final_norm"], model_read["embed" if config.tie_embeddings else "lm_head"])
-    exit_read = llama.weights_read(branch.block)
-    exit_rest = (branch.norm, branch.head if branch.head_codes is None else branch.head_codes)
-    # Verification writes the exit block's keys and values.
-    keys, keys_read = [branch.block[name] for name in ("wk", "wv")], [exit_read[name] for name in ("wk", "wv")]
-    works = {"early": work(early, (), (), len(early), 1), "exit": work([branch.block], exit_rest, [branch.head], 1, 1)}
-    return works | {("verify", width): work(late, (last, keys_read), [head, *keys], len(late), width) for width in draft.widths}
-
-
 def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.Array) -> Any:
     """What a controller computes in rounds of so many drafts."""
     keys_B = jax.vmap(jax.random.key)(jnp.arange(batch))
@@ -296,7 +266,7 @@ def part_rows(
         seconds["verify", draft.width_of(drafts)] += [sample.verify for sample in found]
     rows = []
     for name, work in works.items():
-        bound, taken = work.bytes / bandwidth, statistics.median(seconds[name])
+        bound, taken = work.least_seconds(bandwidth), statistics.median(seconds[name])
         row = {"part": name if isinstance(name, str) else f"verify {name[1]}"} | work._asdict()
         rows.append(
             row | {"memory_bound": 1e3 * bound, "taken": 1e3 * taken, "ratio": taken / bound, "gflop_per_second": work.flops / taken / 1e9}
@@ -315,8 +285,9 @@ def main(argv: Sequence[str]) -> None:
     header = ("controller", "drafts", "blocks 1..N", "exit and draw", "verify", "decisions", "sum of parts", "bare round", "round")
     header += ("round / sum", "round / bare")
     print(report.table(header, lines))
-    bandwidth = read_bandwidth()
-    parts = part_rows(samples, work_of_parts(engine, FLAGS.batch_size, cost_table.PROMPT_TOKENS), engine.drafter.draft, bandwidth)
+    bandwidth, draft = read_bandwidth(), engine.drafter.draft
+    works = work_of_parts(model.config, draft, engine.params, engine.branch, FLAGS.batch_size, cost_table.PROMPT_TOKENS)
+    parts = part_rows(samples, works, draft, bandwidth)
     header = ("part", "MB", "MFLOP", f"ms at least, at {bandwidth / 1e9:.1f} GB/s", "ms", "of that", "GFLOP/s")
     lines = []
     for row in parts:

@@ -49,7 +49,8 @@ def test_a_round_is_compared_with_its_parts(overhead):
 
 def test_parts_are_held_against_memory(overhead, lm):
     """All weights of the model are read once by a step without drafts, whatever the width; arithmetic grows with it."""
-    works = overhead.work_of_parts(lm, batch=1, context=0)
+    of_lm = (lm.model.config, lm.drafter.draft, lm.params, lm.branch)
+    works = overhead.work_of_parts(*of_lm, batch=1, context=0)
     assert set(works) == {"early", "exit", *(("verify", width) for width in lm.drafter.draft.widths)}
     least = min(lm.drafter.draft.widths)
     keys = [lm.branch.block[name] for name in ("wk", "wv")]
@@ -58,7 +59,7 @@ def test_parts_are_held_against_memory(overhead, lm):
     assert works["early"].bytes + works["verify", least].bytes == of_model - embedding
     assert {works["verify", width].bytes for width in lm.drafter.draft.widths} == {works["verify", least].bytes}
     assert works["verify", 3].flops * least == 3 * works["verify", least].flops
-    behind, rows = overhead.work_of_parts(lm, batch=1, context=10), overhead.work_of_parts(lm, batch=4, context=10)
+    behind, rows = (overhead.work_of_parts(*of_lm, batch=batch, context=10) for batch in (1, 4))
     cache = lm.prefill([[5, 9, 200, 31]], [0], 1, 20, Fixed(0)).cache
     slots = cache.k[0].shape[-1]
     assert behind["early"].bytes - works["early"].bytes == 10 * (cache.k[0].nbytes + cache.v[0].nbytes) // slots

@@ -1,0 +1,63 @@
+"""What the parts of a round read and compute, counted from shapes: what measured times are held against."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from eesd_jax.config import DraftConfig
+from eesd_jax.model import llama
+from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.exit_branch import ExitBranch
+
+
+class Work(NamedTuple):
+    """What a part does, once. bytes: of weights and of the valid part of caches. flops: of products and of attention."""
+
+    bytes: int
+    flops: int
+
+    def least_seconds(self, bandwidth: float, flops: float = float("inf")) -> float:
+        """On a machine that moves so many bytes, and does so many operations, a second."""
+        return max(self.bytes / bandwidth, self.flops / flops)
+
+
+def work_of_parts(
+    config: ModelConfig, draft: DraftConfig, params: llama.Params, branch: ExitBranch, batch: int, context: int
+) -> dict[Any, Work]:
+    """Of blocks 1..N on one token (`early`), the exit block with its head (`exit`), and verification (`verify`, width) of every width.
+
+    Args:
+      params, branch: arrays, or shapes of them (`jax.ShapeDtypeStruct`).
+      batch: rows.
+      context: tokens of each that are in the caches.
+    """
+
+    def work(blocks: Sequence[llama.Params], rest: Any, matrices: Sequence[Any], caches: int, tokens: int) -> Work:
+        weights = [weight for block in blocks for weight in block.values() if getattr(weight, "ndim", 0) == 2]
+        entries = sum(weight.size for weight in (*weights, *matrices))
+        leaves = jax.tree.leaves(([llama.weights_read(block) for block in blocks], rest))
+        read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
+        of_cache = 2 * config.num_kv_heads * config.head_dim * context * params["final_norm"].dtype.itemsize
+        attention = 4 * config.num_heads * config.head_dim * context * caches
+        return Work(read + batch * caches * of_cache, batch * tokens * (2 * entries + attention))
+
+    early, late = params["blocks"][: draft.exit_layer], params["blocks"][draft.exit_layer :]
+    head = params["embed" if config.tie_embeddings else "lm_head"]
+    model_read = llama.weights_read(params)
+    last = (model_read["final_norm"], model_read["embed" if config.tie_embeddings else "lm_head"])
+    exit_read = llama.weights_read(branch.block)
+    exit_rest = (branch.norm, branch.head if branch.head_codes is None else branch.head_codes)
+    # Verification writes the exit block's keys and values.
+    keys, keys_read = [branch.block[name] for name in ("wk", "wv")], [exit_read[name] for name in ("wk", "wv")]
+    works = {"early": work(early, (), (), len(early), 1), "exit": work([branch.block], exit_rest, [branch.head], 1, 1)}
+    for width in draft.widths:
+        tokens = width + (width - 1) * draft.others
+        works["verify", width] = work(late, (last, keys_read), [head, *keys], len(late), tokens)
+    return works
+
+
+def least_round(works: dict[Any, Work], draft: DraftConfig, drafts: int, bandwidth: float, flops: float = float("inf")) -> float:
+    """Seconds of a round of so many drafts if each part took as little as it can."""
+    early, exits, last = (works[name].least_seconds(bandwidth, flops) for name in ("early", "exit", ("verify", draft.width_of(drafts))))
+    return (drafts + 1) * early + drafts * exits + last
