@@ -56,6 +56,7 @@ TREES = {
     "2, second input": (2, CONTROLLERS["fixed:3"], True),
     "2, lookup": (2, LOOKUP["lookup and cost_aware"], False),
 }
+TREES_SLOW = ("2, second input", "2, lookup")
 NGRAMS = jnp.asarray(ngrams.build(np.random.default_rng(0).integers(0, VOCABULARY, (20, 12)).tolist(), 1024))
 CONFIG = tiny.config(vocab_size=VOCABULARY, num_hidden_layers=3, hidden_size=16, intermediate_size=32)
 # Bonferroni over controllers x draft vocabularies x prompts x settings, at one false alarm in a thousand suites.
@@ -162,7 +163,7 @@ def draw_with_candidates(params: llama.Params, name: str, sharpness: float = 0.1
     return draw_texts(params, branch._replace(head=sharpness * branch.head), controller, draft)
 
 
-@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in TREES_SLOW else ()) for name in TREES])
 def test_texts_follow_the_law_with_several_candidates(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_with_candidates(params, name), exact) > BOUND
 
