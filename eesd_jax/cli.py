@@ -61,7 +61,8 @@ def define_model_flags() -> None:
     flags.DEFINE_string(
         "exit_branch",
         "auto",
-        "The branch that drafts: a folder or a hub id, none, or auto: the one that comes with the model, if there is one.",
+        "The branch that drafts: a folder, a hub id, demo (that of the built-in model), none, or auto: the one that comes with the model, "
+        "if there is one and lookup is faster with it.",
     )
     flags.DEFINE_list(
         "mesh",

@@ -108,8 +108,10 @@ def load(
       dtype: "float32" or "bfloat16"; by default float32 on CPU and bfloat16 elsewhere.
       mesh: a `data` x `fsdp` x `tensor` mesh to place the weights on; by default one device.
       decode_config: defaults of generation and its buckets.
-      exit_branch: a folder or a hub id; `none`; or `auto`: the branch that this package carries for the model, and none for models for
-        which it carries none (which is warned of).
+      exit_branch: a folder, a hub id, or the name of a model for which this package carries one; `none`; or `auto`: the branch that this
+        package carries for `model`, and none for models for which it carries none (which is warned of). Where lookup drafts and weights
+        are multiplied as the codes of their file, on a CPU, `auto` leaves the branch out: rounds wait for arithmetic there, and what the
+        branch adds to lookup is less than what it costs.
       max_draft: the most tokens that a round may draft, at least 1.
       candidates: of the branch for each of them, at least 1; all but the first are there in case that it is rejected. They make a round
         dearer, so this pays where a pass over more tokens costs little more, as on a GPU.
@@ -147,11 +149,12 @@ def load(
     target = load_model(model, jnp.dtype(dtype), mesh, quantize)
     if table is not None:
         ngram_file.check_ngrams(table, target.config.vocab_size)
-    if folder is not None:
+    from_lookup_alone = exit_branch == "auto" and longest_match > 0 and candidates == 1 and target.codes is not None
+    if folder is not None and not from_lookup_alone:
         drafter = read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
     else:
         drafter = Drafter(None, draft, Calibration(), trained=False, ngrams=table and table.entries) if longest_match else None
-        if exit_branch == "auto":
+        if exit_branch == "auto" and folder is None:
             what = "drafts come from lookup alone" if longest_match else "decoding will be plain"
             warnings.warn(f"no exit branch comes with model {model!r}: {what}", stacklevel=2)
     return Engine(target, decode_config, drafter)
@@ -333,7 +336,8 @@ class Engine:
         if drafter is None:
             raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
         if drafter.branch is None and spec.kind not in control.WITHOUT_BRANCH:
-            raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; expected plain, fixed:K or cost_aware")
+            expected = "expected plain, fixed:K or cost_aware, or an exit branch that is named"
+            raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; {expected}")
         return drafter.controller(spec, cost_table.round_costs(self, batch) if drafter.needs_costs(spec) else None)
 
     def prefill(

@@ -480,3 +480,17 @@ def test_auto_takes_the_branch_that_this_package_carries(tmp_path, monkeypatch):
     assert_equal(eesd_jax.load("you/tiny").drafter.branch, branch)
     with pytest.warns(UserWarning, match="'you/other': drafts come from lookup alone"):
         assert eesd_jax.load("you/other").drafter.branch is None
+
+
+def test_auto_leaves_the_branch_out_beside_lookup_where_weights_are_codes(tmp_path, monkeypatch):
+    monkeypatch.setattr(branch_folder, "SHIPPED", tmp_path)
+    target = tiny.loaded_model()
+    codes = {"blocks": ({},) * target.config.num_layers}
+    monkeypatch.setattr(eesd_jax.engine, "load_model", lambda *_: target._replace(codes=codes))
+    branch, _ = write(tmp_path / "you--tiny")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        alone = eesd_jax.load("you/tiny").drafter
+    assert alone.branch is None and alone.has_lookup
+    for wanted in ({"arms": ["exit"]}, {"candidates": 2}, {"exit_branch": "you/tiny"}):
+        assert_equal(eesd_jax.load("you/tiny", **wanted).drafter.branch, branch)

@@ -146,7 +146,7 @@ def _first_values(leaves: tuple[jax.Array, ...]) -> list[jax.Array]:
 
 
 def find_branch(name: str) -> pathlib.Path:
-    """The folder of an exit branch: a folder on this machine, or a hub id, fetched if need be.
+    """The folder of an exit branch: a folder on this machine, a model's name (that of `shipped_branch`), or a hub id, fetched if need be.
 
     Raises:
       UserError: nothing by that name, or it cannot be fetched.
@@ -154,6 +154,8 @@ def find_branch(name: str) -> pathlib.Path:
     path = pathlib.Path(name).expanduser()
     if name and path.is_dir():
         return path
+    if name and not hub.looks_local(name) and (shipped := shipped_branch(name)):
+        return shipped
     expected = f"expected auto, none, a folder of {TENSORS_NAME} and {INFO_NAME}, or a hub id"
     if path.is_file():
         raise UserError(f"exit branch {name!r} is a file; {expected}")
