@@ -1,8 +1,18 @@
-"""A GGUF file with the same weights as another one, in float32 or bfloat16: for programs that multiply by them as they are stored."""
+"""A GGUF file with the same weights as another one, in float32 or bfloat16: for programs that multiply by them as they are stored.
+
+python benchmarks/dequantized.py --model=demo --output=demo-float32.gguf
+"""
 
 import pathlib
+import tempfile
+from collections.abc import Sequence
 
 import gguf
+from absl import flags
+
+from eesd_jax import cli
+from eesd_jax.errors import UserError
+from eesd_jax.weights import hub
 
 _FILE_TYPES = {
     gguf.GGMLQuantizationType.F32: gguf.LlamaFileType.ALL_F32,
@@ -28,3 +38,28 @@ def write(source: pathlib.Path, target: pathlib.Path, kind: gguf.GGMLQuantizatio
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def main(argv: Sequence[str]) -> None:
+    del argv
+    model, output = flags.FLAGS.model, flags.FLAGS.output
+    if not output:
+        raise UserError("--output is missing; expected a file to write")
+    if model != hub.DEMO_NAME and not model.endswith(".gguf"):
+        raise UserError(f"--model is {model!r}; expected {hub.DEMO_NAME} or a .gguf file")
+    target = pathlib.Path(output).expanduser()
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            partial = pathlib.Path(folder) / target.name
+            write(hub.find_model(model), partial, gguf.GGMLQuantizationType.F32)
+            partial.replace(target)
+    except OSError as error:
+        raise UserError(
+            f"cannot write --output={output!r} ({error.strerror}); expected a file in a folder that can be written to"
+        ) from None
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("model", hub.DEMO_NAME, "A GGUF file, or the built-in model.")
+    flags.DEFINE_string("output", None, "The file to write, with all matrices in float32.")
+    cli.run(main)

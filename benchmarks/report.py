@@ -30,6 +30,7 @@ flags.DEFINE_string("output_dir", "runs/report", "Folder for the benchmarks.")
 flags.DEFINE_string("report", "docs/report.md", "The document.")
 flags.DEFINE_string("model", "demo", "As for infer/benchmark.py.")
 flags.DEFINE_string("exit_branch", "auto", "As for infer/benchmark.py; none: lookup alone drafts.")
+flags.DEFINE_string("ngrams", "auto", "As for infer/benchmark.py.")
 flags.DEFINE_list("temperatures", ["0", "0.7", "1"], "Each is run with every batch size.")
 flags.DEFINE_list("batch_sizes", ["1", "4", "16"], "Each is run with every temperature.")
 flags.DEFINE_list("controllers", ["threshold:0.5", "beta", "beta:plain", "calibrated", DEFAULT_CONTROLLER], "Beside the fixed lengths.")
@@ -66,6 +67,7 @@ class Cell(NamedTuple):
             "prompts": self.prompts,
             "model": FLAGS.model,
             "exit_branch": FLAGS.exit_branch,
+            "ngrams": FLAGS.ngrams,
             "arms": self.arms.replace("+", ","),
             "controllers": ",".join([PLAIN, *names]),
             "temperature": self.temperature,
@@ -130,15 +132,15 @@ def by_category(found: dict[Cell, dict[str, Any]], field: str) -> str:
     return table(("T", "batch", "drafts from", *categories), lines)
 
 
-def against_fixed(found: dict[Cell, dict[str, Any]]) -> str:
-    """Scores of all controllers, relative to the fixed length (plain decoding is length 0) that the scores themselves say was best."""
+def against_fixed(found: dict[Cell, dict[str, Any]], field: str) -> str:
+    """A speed-up of all controllers, relative to that of the fixed length (plain decoding is length 0) that was best by it."""
     names = list(dict.fromkeys(name for results in found.values() for name in of_all(results) if not is_fixed(name)))
     lines = []
     for cell, results in found.items():
         rows = of_all(results)
-        best = max(filter(is_fixed, rows), key=lambda name: rows[name]["scored_speedup"])
-        scores = [figure(rows[name]["scored_speedup"] / rows[best]["scored_speedup"]) if name in rows else "-" for name in names]
-        lines.append((cell.temperature, cell.batch_size, cell.arms, f"{best}: {rows[best]['scored_speedup']:.2f}", *scores))
+        best = max(filter(is_fixed, rows), key=lambda name: rows[name][field])
+        shares = [figure(rows[name][field] / rows[best][field]) if name in rows else "-" for name in names]
+        lines.append((cell.temperature, cell.batch_size, cell.arms, f"{best}: {rows[best][field]:.2f}", *shares))
     return table(("T", "batch", "drafts from", "best fixed length", *names), lines)
 
 
@@ -200,7 +202,8 @@ def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]]) ->
         sections += [f"![Speed-up against batch size]({document.stem}/{stem}_batches.svg)"]
         sections += ["### Speed-up by category", by_category(part, "speedup")]
         sections += ["### Tokens per round by category", by_category(part, "tokens_per_round")]
-        sections += ["### Controllers, by their scores, relative to the best fixed length", against_fixed(part)]
+        sections += ["### Controllers, relative to the best fixed length", against_fixed(part, "speedup")]
+        sections += ["### The same, by their scores", against_fixed(part, "scored_speedup")]
     if runs:
         curves = {label: list(zip(run["positions"], run["agreement"], strict=True)) for label, run in runs.items()}
         images["training.svg"] = plots.learning(curves)

@@ -50,7 +50,7 @@ def rows_of(runs, divergences=(), costs=COSTS, temperature=0.0, batch_size=1) ->
 
 def results_of(runs, divergences=(), costs=COSTS, temperature=0.0) -> dict:
     return {
-        "machine": {"device": "cpu", "devices": 1, "cpu": "Some | CPU", "cores": 2, "jax": "0", "dtype": "float32"},
+        "machine": {"device": "cpu", "devices": 1, "cpu": "Some | CPU", "cores": 2, "jax": "0", "dtype": "float32", "reads_codes": False},
         "model": "tiny",
         "settings": {"temperature": temperature, "batch_size": 1, "max_new_tokens": 6, "prompts": "p.jsonl", "conversations": 2},
         "notes": ["A note."],

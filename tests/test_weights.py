@@ -1,5 +1,6 @@
 """Weights and configurations arrive unchanged from every kind of file, one tensor at a time, on whatever mesh."""
 
+import functools
 import json
 import math
 import os
@@ -86,6 +87,21 @@ def test_quantized_gguf_equals_its_dequantized_tensors(tmp_path, kind):
     for name, value in tiny.tensors(tiny.config()).items():
         expected = gguf.dequantize(gguf.quantize(value, kind), kind) if value.ndim == 2 else value
         np.testing.assert_array_equal(source.read(name), expected, err_msg=name)
+
+
+def test_dequantized_file_holds_the_same_weights(tmp_path):
+    quantized = tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config(), matrix_type=GGMLType.Q4_1)
+    command = [sys.executable, "benchmarks/dequantized.py", f"--model={quantized}"]
+    run = functools.partial(subprocess.run, cwd=commands.ROOT, capture_output=True, text=True, timeout=300)
+    result = run([*command, f"--output={tmp_path / 'float32.gguf'}"])
+    assert result.returncode == 0, result.stderr
+    ours, stored = load(tmp_path / "float32.gguf"), load(quantized)
+    assert ours.config == stored.config
+    assert ours.codes is None
+    assert_equal(ours.params, stored.params)
+    failed = run([*command, f"--output={tmp_path / 'nowhere' / 'float32.gguf'}"])
+    assert failed.returncode == 2
+    assert "expected a file in a folder that can be written to" in failed.stderr
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"])

@@ -117,6 +117,8 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None, quantize: 
             codes = quantized_codes(text.config, params)
         elif isinstance(source, gguf.GGUFSource):
             codes = load_codes(text.config, source)
+    if not jax.tree.leaves(codes):
+        codes = None  # of a file of floats, say
     return LoadedModel(text.config, params, text.tokenizer, text.eos_ids, codes, quantize)
 
 
