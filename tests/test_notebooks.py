@@ -5,11 +5,16 @@ import os
 import pathlib
 import re
 
+import jax.numpy as jnp
 import pytest
 from commands import ROOT
 
+from eesd_jax.model.exit_branch import init_exit_branch
+from eesd_jax.weights import branch_folder
+from eesd_jax.weights.load import load_model
+
 SETTINGS = {
-    "quickstart": {"MODEL": "tiny", "NEW_TOKENS": 12},
+    "quickstart": {"MODEL": "tiny", "EXIT_BRANCH": "branch", "NEW_TOKENS": 12},
     "train_your_own_branch": {
         "MODEL": "tiny",
         "RESPONSES": 24,
@@ -42,6 +47,14 @@ def test_committed_notebooks_show_what_they_gave(name):
         assert "identical: yes" in texts
 
 
+def write_branch(folder: pathlib.Path) -> None:
+    """An untrained branch of the model `tiny`."""
+    model = load_model("tiny", jnp.dtype("float32"))
+    branch = init_exit_branch(model.config, model.params, 1, "zero")
+    info = branch_folder.describe(model.config, model.params, branch, exit_layer=1, start="zero", calibration=(1.0, 0.0), training={})
+    branch_folder.save_branch(folder, branch, info)
+
+
 @pytest.mark.notebooks
 @pytest.mark.parametrize("name", SETTINGS)
 def test_notebooks_run(name, tmp_path, monkeypatch):
@@ -56,6 +69,7 @@ def test_notebooks_run(name, tmp_path, monkeypatch):
     for folder in ("eesd_jax", "train", "infer"):
         os.symlink(ROOT / folder, tmp_path / folder)
     (tmp_path / "notebooks").mkdir()
+    write_branch(tmp_path / "branch")
     monkeypatch.setenv("EESD_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("XLA_FLAGS", raising=False)  # one device, as a notebook has it
     nbclient.NotebookClient(notebook, timeout=900, resources={"metadata": {"path": str(tmp_path / "notebooks")}}).execute()
