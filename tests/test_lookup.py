@@ -13,7 +13,7 @@ from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode import lookup
 from eesd_jax.decode.arms import LOOK_DISCOUNT, LOOK_MEAN, LOOK_WEIGHT, Arms, ArmsPlan, expected_tokens
-from eesd_jax.decode.controllers import Calibration, Fixed, Replacements
+from eesd_jax.decode.controllers import Beta, Calibration, CostAware, Fixed, Replacements
 from eesd_jax.decode.lookup import Lookup, expected_drafts, look_up
 from eesd_jax.drafter import Drafter
 from eesd_jax.errors import UserError
@@ -115,6 +115,31 @@ def test_rows_choose_for_themselves_and_finished_ones_do_nothing():
     plan = propose(arms, sure(arms.init(3), exits=0.8, looks=0.9), found(3, 0, 3), running=[True, True, False])
     assert plan.look_up.tolist() == [3, 0, 0]
     assert plan.branch.tolist() == [False, True, False]
+
+
+def test_a_branch_that_does_not_draft_shares_the_price_of_no_wider_pass():
+    """In half of 16 rows lookup is nearly sure; a draft makes the round of all of them 1.7 times as dear, for 1.5 times the tokens."""
+    dear = (1.0, 1.7, 2.4, 3.1)
+    arms = Arms(CostAware(**SETTINGS, calibration=Calibration(), cost=dear), exit_cost=dear, look_cost=dear, **SETTINGS)
+    offer, everyone = found(*[1, 0] * 8, chance=0.98), jnp.ones(16)
+
+    def drafts(key):
+        keys = jax.random.split(key, 16)
+        plan = arms.propose(keys, arms.init(16), everyone > 0, offer)
+        return plan.look_up > 0, arms.keep_drafting(keys, plan, jnp.int32(0), everyone)[0]
+
+    looked_up, branch = jax.vmap(drafts)(jax.random.split(jax.random.key(0), 200))
+    assert not (looked_up.any(axis=1) & ~branch.any(axis=1)).any()
+
+
+def test_the_branchs_own_controller_is_asked_once_about_the_first_draft():
+    free = (1.0, 1.01, 1.02, 1.03)
+    arms = Arms(Beta(**SETTINGS), exit_cost=free, look_cost=free, **SETTINGS)
+    rows = 400
+    plan = propose(arms, sure(arms.init(rows), exits=0.95, looks=0.05), found(*[0] * rows))
+    assert 100 < plan.branch.sum() < 300  # a coin whose bias is drawn from Beta(1, 1)
+    keep, _ = arms.keep_drafting(jax.random.split(jax.random.key(5), rows), plan, jnp.int32(0), jnp.ones(rows))
+    assert keep.tolist() == plan.branch.tolist()
 
 
 @pytest.mark.parametrize("forced", [0, 1, 3, -1, -3])

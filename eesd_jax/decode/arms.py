@@ -4,7 +4,7 @@ Each row holds a Beta posterior of the acceptance of the branch's drafts, and a 
 say themselves how likely they are (`lookup.py`, `ngrams.py`); by how much a row's text is easier or harder than that, its drafts so far
 tell, as a difference of log odds. So a text in which no such draft is right soon costs nothing. Of all pairs of lengths (one for the rows
 that the branch drafts for, one for those with looked-up drafts) the bandit takes the pair with the least measured time per expected token.
-Where the branch is chosen, its own controller says when to stop.
+The branch is offered only where its own controller wants a first draft, and where it is chosen that says when to stop.
 
 Axes: B rows, K drafts at most, L = K + 1 lengths of a draft.
 """
@@ -114,7 +114,7 @@ class Arms:
         return plan._replace(look_up=look_up, branch=jnp.where(is_forced, self.forced > 0, plan.branch))
 
     def _choose(self, keys_B: jax.Array, state: ArmsState, running_B: jax.Array, found: Lookup) -> ArmsPlan:
-        exit_keys, inner_keys = jax.vmap(jax.random.split, out_axes=1)(keys_B)
+        exit_keys, inner_keys, first_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
         inner = None if self.inner is None else self.inner.propose(inner_keys, state.inner, running_B)
         nobody = jnp.zeros(running_B.shape, bool)
         if self.fixed is not None:
@@ -127,13 +127,16 @@ class Arms:
         look_tokens = jnp.take_along_axis(look_tokens, jnp.minimum(lengths_L, found.count[:, None]), axis=1)
         look_cost = jnp.array(self.look_cost, jnp.float32)
         if self.inner is None:
-            exit_tokens, exit_cost = jnp.ones((running_B.size, 1)), look_cost[:1]
+            exit_tokens, exit_cost, wanted = jnp.ones((running_B.size, 1)), look_cost[:1], nobody
         else:
             exit_theta = jax.vmap(jax.random.beta)(exit_keys, state.exit_alpha, state.exit_beta)
             exit_tokens, exit_cost = expected_tokens(exit_theta, lengths_L), jnp.array(self.exit_cost, jnp.float32)
             if state.replacements is not None:
                 some_rejected_BxL = 1 - exit_theta[:, None] ** lengths_L
                 exit_tokens += state.replacements.chance(self.candidates)[:, None] * some_rejected_BxL
+            # Where its own controller will not have it draft, the branch gives nothing that a wider pass could be shared with.
+            wanted, inner = self.inner.keep_drafting(first_keys, inner, jnp.int32(0), jnp.ones(running_B.shape, jnp.float32))
+            exit_tokens = jnp.where(wanted[:, None], exit_tokens, 1.0)
         exits_E = jnp.arange(exit_cost.size)
         # What a wider pass for looked-up drafts adds to a round in which the branch drafts for other rows.
         shared = look_cost[jnp.minimum(exits_E[:, None], lengths_L)]
@@ -144,7 +147,7 @@ class Arms:
         exit_length, look_length = best // lengths_L.size, best % lengths_L.size
         exit_gain, look_gain = exit_tokens[:, exit_length], look_tokens[:, look_length]
         looks = running_B & (look_length > 0) & (found.count > 0) & (look_gain >= exit_gain)
-        branch = running_B & (exit_length > 0) & ~looks
+        branch = running_B & (exit_length > 0) & ~looks & wanted
         return ArmsPlan(jnp.where(looks, jnp.minimum(look_length, found.count), 0), branch, found.chance, inner)
 
     def keep_drafting(self, keys_B: jax.Array, plan: ArmsPlan, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, ArmsPlan]:
@@ -152,6 +155,9 @@ class Arms:
         if self.inner is None:
             return jnp.zeros(confidence_B.shape, bool), plan
         keep, inner = self.inner.keep_drafting(keys_B, plan.inner, k, confidence_B)
+        # About the first draft it was asked already.
+        is_first = k == 0
+        keep, inner = keep | is_first, jax.tree.map(lambda old, new: jnp.where(is_first, old, new), plan.inner, inner)
         return jnp.where(self.forced != NOT_FORCED, k < self.forced, keep) & plan.branch, plan._replace(inner=inner)
 
     def update(
