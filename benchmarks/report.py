@@ -202,8 +202,9 @@ def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]]) ->
         sections += [f"![Speed-up against batch size]({document.stem}/{stem}_batches.svg)"]
         sections += ["### Speed-up by category", by_category(part, "speedup")]
         sections += ["### Tokens per round by category", by_category(part, "tokens_per_round")]
-        sections += ["### Controllers, relative to the best fixed length", against_fixed(part, "speedup")]
-        sections += ["### The same, by their scores", against_fixed(part, "scored_speedup")]
+        if swept := {cell: results for cell, results in part.items() if any(name.startswith("fixed:") for name in of_all(results))}:
+            sections += ["### Controllers, relative to the best fixed length", against_fixed(swept, "speedup")]
+            sections += ["### The same, by their scores", against_fixed(swept, "scored_speedup")]
     if runs:
         curves = {label: list(zip(run["positions"], run["agreement"], strict=True)) for label, run in runs.items()}
         images["training.svg"] = plots.learning(curves)

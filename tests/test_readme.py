@@ -23,7 +23,7 @@ def test_python_blocks_run(capsys):
 
 def test_flags_exist():
     named: dict[str, set[str]] = {}
-    for line in README.splitlines():
+    for line in README.replace("\\\n", "").splitlines():  # a command goes on behind a backslash
         script = re.search(r"\bpython (\S+\.py)", line)
         named.setdefault(script[1] if script else COMMAND, set()).update(re.findall(r"(?<![\w-])--(\w+)", line))
     assert {"model", "prompt"} <= named[COMMAND]
