@@ -1,6 +1,6 @@
 """An exit branch for Llama-2-13b-chat, from text that it writes itself.
 
-N = 5 of 40 blocks: about an eighth, as in configs/smollm135m.py. No branch has been trained for this model yet, so N, the
+N = 5 of 40 blocks: about an eighth, as a start. No branch has been trained for this model yet, so N, the
 learning rate and the draft vocabulary are starting points.
 
 One host of TPUs or GPUs:
