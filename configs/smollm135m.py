@@ -15,8 +15,16 @@ Result on held-out text, behind every 170th step: agreement 0.31, 0.39, 0.43, 0.
 drafts accepted, of the second, where the first was, 44%. On other text it is worth less: of greedy answers to MT-bench 35% of first drafts
 are accepted.
 
-The curve is nearly flat at the end: more steps on this text would bring little. What a small budget reaches has not been measured with
-these settings yet.
+The curve is nearly flat at the end: more steps on this text would bring little.
+
+A small budget, a quarter of an hour:
+
+    python train/self_generate.py --config=configs/smollm135m.py --config.self_generate.num_responses=300
+    python train/distill.py --config=configs/smollm135m.py --config.steps=150
+
+reached, with seeds 0 and 1 (of the text, too), agreement 0.318 and 0.371 on held-out text, of which there are six rows, each run's own. On
+the same text, greedy answers to 16 questions of MT-bench (infer/benchmark.py --arms=exit --controllers=fixed:2), 12% and 13% of the drafts
+were accepted, and rounds gave 1.24 and 1.25 tokens; with the branch that ships, 22% and 1.43.
 """
 
 from ml_collections import ConfigDict
