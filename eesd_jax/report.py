@@ -168,7 +168,7 @@ def to_markdown(results: dict[str, Any]) -> str:
 def model_and_machine(results: dict[str, Any]) -> str:
     """The beginning of a sentence that says what ran on what."""
     machine = results["machine"]
-    weights = ", its weights multiplied as the codes of their file" if machine["reads_codes"] else ""
+    weights = ", its weights multiplied as the codes of their file" if machine.get("reads_codes") else ""
     return (
         f"Model {results['model']}, {machine['dtype']}{weights}, on {machine['devices']} x {machine['device']} ({machine['cpu']}, "
         f"{machine['cores']} cores), jax {machine['jax']}"
