@@ -16,7 +16,6 @@ import itertools
 import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -219,21 +218,13 @@ def _last_logits(config: ModelConfig, params: llama.Params, state: DecodeState) 
 def measure_costs(engine: Engine, batch: int) -> Costs:
     """What a round and a plain step cost; the plain step is timed in turns with a round that drafts nothing, and relative to it."""
     costs = cost_table.round_costs(engine, batch)
-    endless = cost_table.endless(engine)
-    prompts = [[i % engine.model.config.vocab_size for i in range(1, cost_table.PROMPT_TOKENS + 1)]] * batch
+    timed, forced = cost_table.endless(engine), cost_table.forced(engine, 0)
     steps = max(2 * cost_table.ROUNDS, min(8 * cost_table.ROUNDS, int(TIMED_SECONDS / costs.exit[0])))
     budget = max(engine.decode_config.max_new_tokens, steps + 2)
-    forced = cost_table.forced(engine, 0)
     ratios = []
     for repeat in range(cost_table.REPEATS + 1):
-        seconds = {}
-        for controller in (None, forced) if repeat % 2 else (forced, None):
-            # As in the table of costs, a step that is not timed goes before: the first one behind a prefill is slower.
-            state = endless.prefill(prompts, [0] * batch, batch, budget, controller)
-            state = jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, 1))
-            start = time.perf_counter()
-            jax.block_until_ready(endless.decode(state, SamplingConfig(), controller, steps))
-            seconds[controller] = time.perf_counter() - start
+        turns = (None, forced) if repeat % 2 else (forced, None)
+        seconds = {controller: cost_table.seconds_of_step(timed, controller, batch, steps, budget) for controller in turns}
         ratios.append(seconds[None] / seconds[forced])
     return Costs(costs.exit[0] * statistics.median(ratios[1:]), costs.exit, costs.look_up)  # the first time compiles
 

@@ -86,25 +86,36 @@ def forced(engine: "Engine", drafts: int) -> Controller:
     return dataclasses.replace(arms, forced=drafts)
 
 
+def seconds_of_step(timed: "Engine", controller: Controller | None, batch: int, steps: int, budget: int) -> float:
+    """Seconds of a round of the real program, greedy; without a controller, of a plain step.
+
+    Args:
+      timed: an `endless` engine.
+      steps: timed together, behind one that is not.
+      budget: new tokens that there is room for.
+    """
+    prompts = [[i % timed.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
+    state = timed.prefill(prompts, [0] * batch, batch, budget, controller)
+    state = jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, 1))
+    start = time.perf_counter()
+    jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, steps))
+    return (time.perf_counter() - start) / steps
+
+
 def measure(engine: "Engine", batch: int) -> RoundCosts:
-    """Times rounds of the real program, greedy, with the number of drafts forced.
+    """Times rounds with the number of drafts forced.
 
     Looked-up drafts cost nothing but the width of a pass, so of those that one width holds only the most are timed. Without a branch its
     costs are those of a round without drafts.
     """
     timed, draft = endless(engine), engine.drafter.draft
-    prompts = [[i % engine.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
     lengths = range(draft.max_draft + 1)
     by_branch = [] if engine.drafter.branch is None else [length for length in lengths if length]
     look_up = [1 - draft.width_of(length) for length in lengths if length] if draft.longest_match else []  # negative: from lookup
     controllers = {length: forced(engine, length) for length in (0, *by_branch, *look_up)}
 
     def seconds(length: int) -> float:
-        state = timed.prefill(prompts, [0] * batch, batch, _budget(engine), controllers[length])
-        state = jax.block_until_ready(timed.decode(state, SamplingConfig(), controllers[length], 1))
-        start = time.perf_counter()
-        jax.block_until_ready(timed.decode(state, SamplingConfig(), controllers[length], ROUNDS))
-        return (time.perf_counter() - start) / ROUNDS
+        return seconds_of_step(timed, controllers[length], batch, ROUNDS, _budget(engine))
 
     order = [*controllers, 0]
     seconds(0)  # compiles

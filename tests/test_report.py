@@ -185,6 +185,15 @@ def test_tables_say_what_the_rows_say(runs):
     assert report.summary(results["rows"]) in markdown
 
 
+def test_weights_that_are_read_as_codes_are_named(runs):
+    results = results_of(runs)
+    said = []
+    for reads_codes in (False, True):
+        results["machine"]["reads_codes"] = reads_codes
+        said.append("codes of their file" in report.to_markdown(results))
+    assert said == [False, True]
+
+
 def test_one_category_needs_no_table_by_category(runs):
     assert len(tables(report.to_markdown(results_of(runs[:2])))) == 1
 
