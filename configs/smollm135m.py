@@ -15,7 +15,7 @@ Result on held-out text, behind every 170th step: agreement 0.31, 0.39, 0.43, 0.
 drafts accepted, of the second, where the first was, 44%. On other text it is worth less: of greedy answers to MT-bench 35% of first drafts
 are accepted.
 
-The curve is nearly flat at the end: more steps on this text would bring little.
+The curve flattens while the learning rate decays; what more steps or more text would bring has not been tried.
 
 A small budget, a quarter of an hour:
 

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 
 from eesd_jax.control import PLAIN
 from eesd_jax.journal import Run
@@ -82,6 +82,9 @@ def learning(lines: dict[str, Sequence[tuple[int, float]]]) -> str:
     figure, axes = _axes("Agreement on held-out text", "positions trained on", "same best token")
     _draw_lines(axes, lines)
     axes.set(xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(EngFormatter())
+    axes.xaxis.set_minor_formatter(NullFormatter())
     _legend(figure, axes)
     return _svg(figure)
 
