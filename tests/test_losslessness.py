@@ -199,13 +199,14 @@ def wrong_q(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def argmax_drafted_softmax_as_q(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(keys: jax.Array, logits: jax.Array, settings: Sampling) -> sampling.Draw:
-        return sampling.Draw(jnp.argmax(logits, axis=1).astype(jnp.int32), sampling.warp(logits, settings))
+        return sampling.Draw(jnp.argmax(logits, axis=1).astype(jnp.int32), sampling.probabilities(logits, sampling.warp(logits, settings)))
 
     monkeypatch.setattr(speculative, "sample", draw)
 
 
 def target_unwarped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "warp", lambda logits, settings: jax.nn.softmax(logits))
+    as_it_is = Sampling(jnp.ones(1), jnp.zeros(1, jnp.int32), jnp.ones(1), jnp.zeros(1))
+    monkeypatch.setattr(verify, "warp", lambda logits, settings: sampling.warp(logits, as_it_is))
 
 
 def residual_of_p(monkeypatch: pytest.MonkeyPatch) -> None:

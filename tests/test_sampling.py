@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import reference
 
-from eesd_jax.decode.sampling import Sampling, best_token, sample, warp
+from eesd_jax.decode.sampling import Sampling, best_token, probabilities, probability, sample, warp
 
 
 def settings(rows: list[tuple[float, int, float, float]]) -> Sampling:
@@ -29,12 +29,25 @@ ROWS = [
 ]
 
 
+def warped(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    return probabilities(logits, warp(logits, sampling))
+
+
 def test_warp_is_what_sorting_gives():
     logits = np.random.default_rng(0).normal(size=(len(ROWS), 200)).astype(np.float32) * 3
-    got = jax.jit(warp)(jnp.asarray(logits), settings(ROWS))
+    got = jax.jit(warped)(jnp.asarray(logits), settings(ROWS))
     want = np.stack([reference.warped(row, *setting) for row, setting in zip(logits, ROWS, strict=True)])
     np.testing.assert_allclose(got, want, atol=1e-6)
     np.testing.assert_array_equal(np.asarray(got) > 0, want > 1e-30)
+
+
+def test_the_probability_of_a_token_is_that_of_the_distribution_written_down():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(len(ROWS), 3, 40)), jnp.float32)
+    of_positions = Sampling(*(setting[:, None] for setting in settings(ROWS)))
+    in_few = warp(logits, of_positions)
+    everywhere = jnp.broadcast_to(jnp.arange(40)[:, None, None], (40, len(ROWS), 3))
+    alone = jax.vmap(lambda token: probability(logits, in_few, token))(everywhere)
+    np.testing.assert_allclose(jnp.moveaxis(alone, 0, -1), probabilities(logits, in_few), rtol=1e-6)
 
 
 def test_a_row_does_not_depend_on_the_settings_of_the_others():
@@ -64,14 +77,14 @@ def test_tokens_follow_the_distribution_that_is_returned():
 
 def test_ties_are_kept_together_and_greedy_takes_the_first():
     logits = jnp.array([[1.0, 3.0, 3.0, 3.0, 0.0]])
-    probs = warp(logits, settings([(1.0, 2, 1.0, 0.0)]))
+    probs = warped(logits, settings([(1.0, 2, 1.0, 0.0)]))
     np.testing.assert_allclose(probs[0], [0, 1 / 3, 1 / 3, 1 / 3, 0], atol=1e-6)
     assert sample(jax.random.split(jax.random.key(0), 1), logits, settings([(0.0, 0, 1.0, 0.0)])).token[0] == 1
 
 
 @pytest.mark.parametrize("row", [(1e-6, 0, 1.0, 0.0), (1.0, 0, 1.0, 0.0), (1e6, 3, 0.5, 0.1)])
 def test_extreme_logits_stay_finite(row: tuple[float, int, float, float]):
-    probs = warp(jnp.array([[-1e30, 0.0, 1e4, 1e4 - 1]]), settings([row]))
+    probs = warped(jnp.array([[-1e30, 0.0, 1e4, 1e4 - 1]]), settings([row]))
     assert np.isfinite(probs).all()
     np.testing.assert_allclose(probs.sum(), 1, atol=1e-6)
 

@@ -39,36 +39,50 @@ class Draw(NamedTuple):
     probs: jax.Array
 
 
-def _largest_threshold(probs_BxV: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """For each row the largest t such that `enough(probs >= t)`: float32 [B, 1].
+class Warped(NamedTuple):
+    """Distributions that tokens are drawn from, in a few numbers each, so that they need not be written down to be looked at.
+
+    A token's weight is exp((logit - top) / temperature), which is 1 for the best one; below `floor` it counts as 0. total: the sum of the
+    weights. temperature, top, floor, total: float32 [...]. only: int32 [...], the token that has all of the probability, -1 where none has.
+    """
+
+    temperature: jax.Array
+    top: jax.Array
+    floor: jax.Array
+    total: jax.Array
+    only: jax.Array
+
+
+def _largest_threshold(weights: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """For each row the largest t such that `enough(weights >= t)`: float32 [...].
 
     Args:
-      probs_BxV: float32 [B, V], in [0, 1].
-      enough: from a mask bool [B, V] to bool [B, 1]; monotone, and taken to hold for the mask of all.
+      weights: float32 [..., V], in [0, 1].
+      enough: from a mask bool [..., V] to bool [...]; monotone, and taken to hold for the mask of all.
     """
-    bits_BxV = jax.lax.bitcast_convert_type(probs_BxV, jnp.int32)
+    bits = jax.lax.bitcast_convert_type(weights, jnp.int32)
 
     def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         good, bad = bounds
         middle = (good + bad) // 2
-        holds = enough(bits_BxV >= middle)
+        holds = enough(bits >= middle[..., None])
         return jnp.where(holds, middle, good), jnp.where(holds, bad, middle)
 
-    zero = jnp.zeros_like(bits_BxV[:, :1])
+    zero = jnp.zeros_like(bits[..., 0])
     good, _ = jax.lax.fori_loop(0, _BITS_OF_ONE.bit_length(), halve, (zero, zero + _BITS_OF_ONE + 1))
     return jax.lax.bitcast_convert_type(good, jnp.float32)
 
 
-def _top_k_mask(probs_BxV: jax.Array, top_k_B: jax.Array) -> jax.Array:
-    wanted = jnp.where(top_k_B > 0, top_k_B, probs_BxV.shape[-1])[:, None]
-    return probs_BxV >= _largest_threshold(probs_BxV, lambda mask: jnp.sum(mask, axis=-1, keepdims=True) >= wanted)
+def _top_k_floor(weights: jax.Array, top_k: jax.Array) -> jax.Array:
+    wanted = jnp.where(top_k > 0, top_k, weights.shape[-1])
+    return _largest_threshold(weights, lambda mask: jnp.sum(mask, axis=-1) >= wanted)
 
 
-def _top_p_mask(probs_BxV: jax.Array, top_p_B: jax.Array) -> jax.Array:
-    # A full sum can fall short of 1 by rounding, so "all of it" is not left to arithmetic.
-    wanted = top_p_B[:, None]
-    threshold = _largest_threshold(probs_BxV, lambda mask: jnp.sum(jnp.where(mask, probs_BxV, 0), axis=-1, keepdims=True) >= wanted)
-    return (probs_BxV >= threshold) | (wanted >= 1)
+def _top_p_floor(weights: jax.Array, top_p: jax.Array) -> jax.Array:
+    wanted = top_p * jnp.sum(weights, axis=-1)
+    floor = _largest_threshold(weights, lambda mask: jnp.sum(jnp.where(mask, weights, 0), axis=-1) >= wanted)
+    # A full sum can fall short of another one by rounding, so "all of it" is not left to arithmetic.
+    return jnp.where(top_p >= 1, 0, floor)
 
 
 def best_token(logits: jax.Array) -> jax.Array:
@@ -88,26 +102,49 @@ def _greedy(logits_BxV: jax.Array) -> Draw:
     return Draw(token, jax.nn.one_hot(token, logits_BxV.shape[-1], dtype=jnp.float32))
 
 
-def warp(logits_BxV: jax.Array, sampling: Sampling) -> jax.Array:
-    """The distribution that tokens are drawn from: float32 probabilities [B, V], summing to 1; a point mass in greedy rows.
+def warp(logits: jax.Array, sampling: Sampling) -> Warped:
+    """The distributions that tokens are drawn from; of greedy rows, point masses.
 
     Args:
-      logits_BxV: float32 [B, V].
-      sampling: filters apply in the order temperature, top-k, top-p (Holtzman et al. 2020), min-p (Nguyen et al. 2024), as in transformers.
+      logits: float32 [..., V].
+      sampling: of shapes that broadcast to [...]. Filters apply in the order temperature, top-k, top-p (Holtzman et al. 2020), min-p
+        (Nguyen et al. 2024), as in transformers.
     """
-    greedy_Bx1 = sampling.temperature[:, None] == 0
-    scaled = (logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)) / jnp.where(greedy_Bx1, 1.0, sampling.temperature[:, None])
+    sampling = Sampling(*(jnp.broadcast_to(setting, logits.shape[:-1]) for setting in sampling))
+    greedy = sampling.temperature == 0
+    temperature, top = jnp.where(greedy, 1.0, sampling.temperature), jnp.max(logits, axis=-1)
+    none = jnp.zeros_like(top)
 
-    def probs_of(keep: jax.Array) -> jax.Array:
-        return jax.nn.softmax(jnp.where(keep, scaled, -jnp.inf), axis=-1)
+    def weights(floor: jax.Array) -> jax.Array:
+        return _weights(logits, temperature, top, floor)
 
-    everything = jnp.ones(scaled.shape, bool)
     # The bisections are skipped where no row asks for them.
-    keep = jax.lax.cond(jnp.any(sampling.top_k > 0), lambda: _top_k_mask(probs_of(everything), sampling.top_k), lambda: everything)
-    keep = jax.lax.cond(jnp.any(sampling.top_p < 1), lambda: keep & _top_p_mask(probs_of(keep), sampling.top_p), lambda: keep)
-    probs = probs_of(keep)
-    keep &= probs >= sampling.min_p[:, None] * jnp.max(probs, axis=-1, keepdims=True)
-    return jnp.where(greedy_Bx1, _greedy(logits_BxV).probs, probs_of(keep))
+    floor = jax.lax.cond(jnp.any(sampling.top_k > 0), lambda: _top_k_floor(weights(none), sampling.top_k), lambda: none)
+    floor = jax.lax.cond(
+        jnp.any(sampling.top_p < 1), lambda: jnp.maximum(floor, _top_p_floor(weights(floor), sampling.top_p)), lambda: floor
+    )
+    floor = jnp.maximum(floor, sampling.min_p)  # of the largest weight, which is 1
+    best = jax.lax.cond(jnp.any(greedy), lambda: best_token(logits), lambda: jnp.zeros(top.shape, jnp.int32))
+    return Warped(temperature, top, floor, jnp.sum(weights(floor), axis=-1), jnp.where(greedy, best, -1))
+
+
+def _weights(logits: jax.Array, temperature: jax.Array, top: jax.Array, floor: jax.Array) -> jax.Array:
+    """As `Warped` defines them: float32 [..., V]."""
+    weights = jnp.exp((logits - top[..., None]) / temperature[..., None])
+    return jnp.where(weights >= floor[..., None], weights, 0)
+
+
+def probabilities(logits: jax.Array, warped: Warped) -> jax.Array:
+    """The distributions, written down: float32 [..., V] of logits [..., V]."""
+    drawn = _weights(logits, *warped[:3]) / warped.total[..., None]
+    return jnp.where(warped.only[..., None] < 0, drawn, jnp.arange(logits.shape[-1]) == warped.only[..., None])
+
+
+def probability(logits: jax.Array, warped: Warped, token: jax.Array) -> jax.Array:
+    """Of one token each, int32 [...]: float32 [...] of logits [..., V]."""
+    logit = jnp.take_along_axis(logits, token[..., None], axis=-1)
+    drawn = _weights(logit, *warped[:3])[..., 0] / warped.total
+    return jnp.where(warped.only < 0, drawn, token == warped.only)
 
 
 def _reach(weights_BxN: jax.Array, u_B: jax.Array) -> jax.Array:
@@ -146,7 +183,7 @@ def sample(keys_B: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> Draw
     """
 
     def draw(_: None) -> Draw:
-        probs = warp(logits_BxV, sampling)
+        probs = probabilities(logits_BxV, warp(logits_BxV, sampling))
         return Draw(pick(keys_B, probs), probs)
 
     return jax.lax.cond(jnp.all(sampling.temperature == 0), lambda _: _greedy(logits_BxV), draw, None)

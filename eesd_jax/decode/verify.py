@@ -16,7 +16,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.decode.sampling import Sampling, best_token, pick, warp
+from eesd_jax.decode.sampling import Sampling, best_token, pick, probabilities, probability, warp
 
 
 class Others(NamedTuple):
@@ -108,21 +108,25 @@ def accept_greedy(drafts: Drafts, logits_BxTxV: jax.Array) -> Verdict:
 
 def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxTxV: jax.Array, sampling: Sampling) -> Verdict:
     """Keeps drafts by rejection sampling; greedy rows are point masses and need no case of their own."""
-    batch, verified, vocabulary = logits_BxTxV.shape
+    batch, _, vocabulary = logits_BxTxV.shape
     _, drafted, others = drafts.others.tokens.shape
-    per_position = Sampling(*(jnp.repeat(setting, verified) for setting in sampling))
-    p_BxTxV = warp(logits_BxTxV.reshape(-1, vocabulary), per_position).reshape(batch, verified, vocabulary)
+    p_BxT = warp(logits_BxTxV, Sampling(*(setting[:, None] for setting in sampling)))
+
+    def p_at(place_B: jax.Array) -> jax.Array:
+        """The target's distribution at one position of each row, [B, V]; those at the others are never written down."""
+        return probabilities(_at(logits_BxTxV, place_B), jax.tree.map(lambda field: _at(field, place_B), p_BxT))
+
     accept_keys, token_keys, other_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys_B)
 
     # 1. Each draft against its own position.
     u_BxK = jax.vmap(lambda key: jax.random.uniform(key, (drafted,)))(accept_keys)
-    p_BxK = jnp.take_along_axis(p_BxTxV[:, :drafted], drafts.tokens[..., None], axis=2)[..., 0]
+    p_BxK = probability(logits_BxTxV[:, :drafted], jax.tree.map(lambda field: field[:, :drafted], p_BxT), drafts.tokens)
     q_BxK = jnp.where(drafts.looked_up[:, None], 1.0, _probability(drafts))
     ours = jnp.arange(drafted) < drafts.count[:, None]
     accepted = _leading(ours & (u_BxK * q_BxK < p_BxK))
 
     # 2. What a rejection leaves of the target's distribution: q is nothing where no draft was rejected.
-    p_BxV, other = _at(p_BxTxV, accepted), jnp.full(batch, -1)
+    p_BxV, other = p_at(accepted), jnp.full(batch, -1)
     if not drafted:
         return Verdict(accepted, other, pick(token_keys, p_BxV))
 
@@ -146,7 +150,7 @@ def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, lo
         other = jnp.where(kept, place * others + i, other)
         p_BxV = jnp.where((untried & ~kept)[:, None], _residual(left_BxV, of_vocabulary(probs_BxAxQ[:, i])), p_BxV)
     if others:
-        p_BxV = jnp.where((other < 0)[:, None], p_BxV, _at(p_BxTxV, drafted + 1 + other))
+        p_BxV = jnp.where((other < 0)[:, None], p_BxV, p_at(drafted + 1 + other))
     return Verdict(accepted, other, pick(token_keys, p_BxV))
 
 
