@@ -11,6 +11,7 @@ Hours, on a CPU. Each benchmark is kept in a folder of OUTPUT_DIR, and goes on w
 import itertools
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -38,63 +39,68 @@ flags.DEFINE_list("fixed", None, "Fixed lengths to compare with; by default all,
 flags.DEFINE_integer("max_draft", DraftConfig.max_draft, "The most tokens that a round may draft.")
 flags.DEFINE_integer("max_new_tokens", 128, "Tokens of each answer.")
 flags.DEFINE_integer("limit", None, "Only the first so many conversations of each file.")
-flags.DEFINE_list("training", [], "Training runs for the last part, LABEL=FOLDER each.")
+flags.DEFINE_list("training", [], "Training runs for the last part, LABEL=FOLDER each, whose branches then draft alone.")
+flags.DEFINE_string("training_prompts", None, "Prompts that they draft for; by default the first file of --prompts.")
 flags.DEFINE_boolean("run", True, "Do what is not done yet.")
 
+TRAINED = "fixed:2"  # how branches of training runs draft
 BENCHMARK = pathlib.Path(__file__).parent.parent / "infer" / "benchmark.py"
 
 
+class Benchmark(NamedTuple):
+    """One call of `infer/benchmark.py`. settings: its flags, but for the folder."""
+
+    folder: pathlib.Path
+    settings: dict[str, Any]
+
+    def run(self) -> None:
+        """Runs it, unless this very one is finished; raises UserError where it fails."""
+        values = self.settings | {"output_dir": self.folder}
+        arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        finished = self.folder / "finished.json"
+        if finished.exists() and json.loads(finished.read_text()) == arguments:
+            return
+        print(f"{self.folder}:", file=sys.stderr, flush=True)
+        code = subprocess.run([sys.executable, BENCHMARK, *arguments], stdout=subprocess.DEVNULL).returncode
+        if code:
+            raise UserError(f"{self.folder}: infer/benchmark.py ended with exit code {code}; its own message is above")
+        with cli.whole_file(finished) as file:
+            json.dump(arguments, file)
+
+    def results(self) -> dict[str, Any] | None:
+        """Its `results.json`, if there is one."""
+        path = self.folder / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def benchmark(prompts: str, name: str, **settings: Any) -> Benchmark:
+    """With the settings that all of them share, in a folder of that name."""
+    shared = {flag: FLAGS[flag].value for flag in ("model", "ngrams", "max_new_tokens", "max_draft", "limit")}
+    return Benchmark(pathlib.Path(FLAGS.output_dir).expanduser() / name, {"prompts": prompts} | shared | settings)
+
+
 class Cell(NamedTuple):
-    """One benchmark. arms: what drafts, joined by +."""
+    """What one benchmark is of. arms: what drafts, joined by +."""
 
     prompts: str
     temperature: str
     batch_size: str
     arms: str
 
-    @property
-    def folder(self) -> pathlib.Path:
-        name = f"temperature_{self.temperature}_batch_{self.batch_size}_{self.arms}"
-        return pathlib.Path(FLAGS.output_dir).expanduser() / pathlib.Path(self.prompts).stem / name
-
-    def arguments(self) -> list[str]:
-        """Those of `infer/benchmark.py`."""
+    def benchmark(self) -> Benchmark:
         lengths = range(1, FLAGS.max_draft + 1) if FLAGS.fixed is None else FLAGS.fixed
         names = [f"fixed:{length}" for length in lengths] + FLAGS.controllers
         if self.arms == "lookup":
             names = [name for name in names if name.partition(":")[0] in WITHOUT_BRANCH]
-        values = {
-            "prompts": self.prompts,
-            "model": FLAGS.model,
-            "exit_branch": FLAGS.exit_branch,
-            "ngrams": FLAGS.ngrams,
-            "arms": self.arms.replace("+", ","),
-            "controllers": ",".join([PLAIN, *names]),
-            "temperature": self.temperature,
-            "batch_size": self.batch_size,
-            "max_new_tokens": FLAGS.max_new_tokens,
-            "max_draft": FLAGS.max_draft,
-            "limit": FLAGS.limit,
-            "output_dir": self.folder,
-        }
-        return [f"--{name}={value}" for name, value in values.items() if value is not None]
-
-    def run(self) -> None:
-        """Runs the benchmark, unless this very one is finished; raises UserError where it fails."""
-        finished = self.folder / "finished.json"
-        if finished.exists() and json.loads(finished.read_text()) == self.arguments():
-            return
-        print(f"{self.folder}:", file=sys.stderr, flush=True)
-        code = subprocess.run([sys.executable, BENCHMARK, *self.arguments()], stdout=subprocess.DEVNULL).returncode
-        if code:
-            raise UserError(f"{self.folder}: infer/benchmark.py ended with exit code {code}; its own message is above")
-        with cli.whole_file(finished) as file:
-            json.dump(self.arguments(), file)
-
-    def results(self) -> dict[str, Any] | None:
-        """Its `results.json`, if there is one."""
-        path = self.folder / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return benchmark(
+            self.prompts,
+            f"{pathlib.Path(self.prompts).stem}/temperature_{self.temperature}_batch_{self.batch_size}_{self.arms}",
+            exit_branch=FLAGS.exit_branch,
+            arms=self.arms.replace("+", ","),
+            controllers=",".join([PLAIN, *names]),
+            temperature=self.temperature,
+            batch_size=self.batch_size,
+        )
 
 
 def all_cells() -> list[Cell]:
@@ -176,7 +182,15 @@ def read_training(label: str, folder: pathlib.Path) -> dict[str, Any]:
     return run
 
 
+def training_benchmark(label: str, folder: pathlib.Path) -> Benchmark:
+    """The branch of a training run drafting alone, greedy, so many tokens a round that the second ones count as well."""
+    prompts = FLAGS.training_prompts or FLAGS.prompts[0]
+    name = f"training/{re.sub(r'[^0-9A-Za-z]+', '_', label)}"
+    return benchmark(prompts, name, exit_branch=folder / "exit_branch", arms="exit", controllers=f"{PLAIN},{TRAINED}", temperature=0)
+
+
 def training_table(runs: dict[str, dict[str, Any]]) -> str:
+    """What a run reached on held-out text of its own."""
     header = ("run", "N", "start", "draft vocabulary", "response tokens", "positions seen", "loss", "agreement", "overlap", "tokens/round")
     lines = []
     for label, run in runs.items():
@@ -187,8 +201,26 @@ def training_table(runs: dict[str, dict[str, Any]]) -> str:
     return table(header, lines)
 
 
-def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]]) -> None:
-    """The document and its plots."""
+def trained_table(found: dict[str, dict[str, Any]]) -> str:
+    """What the branches reached on the same prompts, each drafting alone."""
+    header = ("run", "first drafts accepted", "second ones", "acceptance", "tokens/round", "scored", "identical")
+    lines = []
+    for label, results in found.items():
+        row = of_all(results)[TRAINED]
+        by_place = [figure(share) for share in row["acceptance_by_position"][:2]]
+        figures = [figure(row[name]) for name in ("acceptance_rate", "tokens_per_round", "scored_speedup")]
+        lines.append((label, *by_place, *figures, f"{row['identical']} of {row['answers']}"))
+    return table(header, lines)
+
+
+def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]], trained: dict[str, dict[str, Any]]) -> None:
+    """The document and its plots.
+
+    Args:
+      found: results of the benchmarks.
+      runs: training runs by label.
+      trained: results of benchmarks of their branches, by label.
+    """
     document = pathlib.Path(FLAGS.report).expanduser()
     images: dict[str, str] = {}
     sections = ["# Report"]
@@ -209,6 +241,10 @@ def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]]) ->
         curves = {label: list(zip(run["positions"], run["agreement"], strict=True)) for label, run in runs.items()}
         images["training.svg"] = plots.learning(curves)
         sections += ["## Training", training_table(runs), f"![Agreement against training]({document.stem}/training.svg)"]
+    if trained:
+        results = next(iter(trained.values()))
+        prompts = pathlib.Path(results["settings"]["prompts"]).stem
+        sections += [f"### The branches alone, {TRAINED}, on {prompts}", f"{model_and_machine(results)}; greedy.", trained_table(trained)]
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
@@ -235,17 +271,20 @@ def main(argv: Sequence[str]) -> None:
     pairs = [entry.rpartition("=")[::2] for entry in FLAGS.training]
     if wrong := [folder for label, folder in pairs if not label or not folder]:
         raise UserError(f"--training is {wrong[0]!r}; expected LABEL=FOLDER")
-    runs = {label: read_training(label, pathlib.Path(folder).expanduser()) for label, folder in pairs}
-    cells = all_cells()
+    folders = {label: pathlib.Path(folder).expanduser() for label, folder in pairs}
+    runs = {label: read_training(label, folder) for label, folder in folders.items()}
+    cells = {cell: cell.benchmark() for cell in all_cells()}
+    branches = {label: training_benchmark(label, folder) for label, folder in folders.items()}
     if FLAGS.run:
-        for cell in cells:
-            cell.run()
-    found = {cell: results for cell in cells if (results := cell.results()) is not None}
+        for one in (*cells.values(), *branches.values()):
+            one.run()
+    found = {cell: results for cell, one in cells.items() if (results := one.results()) is not None}
+    trained = {label: results for label, one in branches.items() if (results := one.results()) is not None}
     if not found and not runs:
         raise UserError(
             f"--output_dir is {FLAGS.output_dir!r}, and there is nothing in it to report on; expected finished benchmarks, or --run"
         )
-    write(found, runs)
+    write(found, runs, trained)
     print(f"[{FLAGS.report} reports on {len(found)} of {len(cells)} benchmarks and {len(runs)} training runs]", file=sys.stderr)
 
 

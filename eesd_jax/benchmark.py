@@ -40,7 +40,8 @@ from eesd_jax.weights.branch_folder import fingerprint
 
 UNCATEGORIZED = "uncategorized"
 _ATTEMPTS = 3
-TIMED_SECONDS = 1.0  # of plain steps at a stretch, about, for what they cost
+_PLAIN_STEPS = 16  # timed together
+_PLAIN_PAIRS = 28  # of as many of them and as many rounds: short ones, for a machine's speed changes within seconds
 
 
 class Batch(NamedTuple):
@@ -219,14 +220,13 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
     """What a round and a plain step cost; the plain step is timed in turns with a round that drafts nothing, and relative to it."""
     costs = cost_table.round_costs(engine, batch)
     timed, forced = cost_table.endless(engine), cost_table.forced(engine, 0)
-    steps = max(2 * cost_table.ROUNDS, min(8 * cost_table.ROUNDS, int(TIMED_SECONDS / costs.exit[0])))
-    budget = max(engine.decode_config.max_new_tokens, steps + 2)
+    budget = max(engine.decode_config.max_new_tokens, _PLAIN_STEPS + 2)
     ratios = []
-    for repeat in range(cost_table.REPEATS + 1):
-        turns = (None, forced) if repeat % 2 else (forced, None)
-        seconds = {controller: cost_table.seconds_of_step(timed, controller, batch, steps, budget) for controller in turns}
+    for pair in range(_PLAIN_PAIRS + 1):
+        turns = (None, forced) if pair % 2 else (forced, None)
+        seconds = {controller: cost_table.seconds_of_step(timed, controller, batch, _PLAIN_STEPS, budget) for controller in turns}
         ratios.append(seconds[None] / seconds[forced])
-    return Costs(costs.exit[0] * statistics.median(ratios[1:]), costs.exit, costs.look_up)  # the first time compiles
+    return Costs(costs.exit[0] * statistics.median(ratios[1:]), costs.exit, costs.look_up)  # the first pair compiles
 
 
 def describe_drafter(engine: Engine) -> dict[str, Any]:

@@ -26,22 +26,26 @@ def folder(tmp_path_factory) -> pathlib.Path:
     folder = tmp_path_factory.mktemp("report")
     records = [{"id": i, "category": ["one", "two"][i % 2], "turns": ["a b a b a b a b"]} for i in range(4)]
     (folder / "questions.jsonl").write_text("\n".join(map(json.dumps, records)))
-    training = folder / "training"
-    (training / "exit_branch").mkdir(parents=True)
-    lines = [{"step": 1, "positions": 100}, {"step": 2, "positions": 150}]
-    lines += [{"step": 2, "held_out/agreement": 0.25, "held_out/loss": 3.5, "held_out/overlap": 0.2, "held_out/tokens_per_round": 1.3}]
-    (training / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    info = {"exit_layer": 2, "start": "next", "draft_vocab_size": 64, "training": {"response_tokens": 1234}}
-    (training / "exit_branch" / "config.json").write_text(json.dumps(info))
     return folder
 
 
+@pytest.fixture(scope="module")
+def training(folder) -> pathlib.Path:
+    """A run of `configs/tiny.py`, cut short."""
+    settings = ("--config=configs/tiny.py", f"--config.output_dir={folder / 'training'}", "--config.steps=20")
+    for script in ("train/self_generate.py", "train/distill.py"):
+        subprocess.run([sys.executable, script, *settings], cwd=ROOT, capture_output=True, check=True, timeout=300)
+    return folder / "training"
+
+
 @pytest.mark.slow
-def test_the_document_says_what_was_found_and_nothing_runs_twice(folder):
-    training = f"--training=first try={folder / 'training'}"
-    first = report(folder, training)
+def test_the_document_says_what_was_found_and_nothing_runs_twice(folder, training):
+    training_flag = f"--training=first try={training}"
+    first = report(folder, training_flag)
     assert first.returncode == 0, first.stderr
-    (results,) = folder.rglob("results.json")
+    results, of_branch = (
+        folder / "runs" / name / "results.json" for name in ("questions/temperature_0_batch_2_lookup", "training/first_try")
+    )
     rows = {(row["controller"], row["category"]): row for row in json.loads(results.read_text())["rows"]}
     text = (folder / "report.md").read_text()
     fixed = {name for name, _ in rows if name.startswith("fixed")}
@@ -54,15 +58,23 @@ def test_the_document_says_what_was_found_and_nothing_runs_twice(folder):
         best = max(("plain", *sorted(fixed)), key=lambda name: rows[name, "all"][field])
         assert f"| {best}: {rows[best, 'all'][field]:.2f} | " in re.sub(" +", " ", text)
         assert f"{ours[field] / rows[best, 'all'][field]:.2f}" in text
-    cells = next(line for line in text.splitlines() if line.startswith("| first try")).split("|")
-    assert [cell.strip() for cell in cells[2:-1]] == ["2", "next", "64", "1,234", "250", "3.500", "0.250", "0.200", "1.300"]
+    # The run's own figures, and those of its branch, which drafts alone for the same prompts.
+    lines = [json.loads(line) for line in (training / "metrics.jsonl").read_text().splitlines()]
+    last, seen = lines[-1], sum(line.get("positions", 0) for line in lines)
+    info = json.loads((training / "exit_branch" / "config.json").read_text())
+    counts = [str(info["draft_vocab_size"]), f"{info['training']['response_tokens']:,}", f"{seen:,}"]
+    figures = [f"{last[f'held_out/{name}']:.3f}" for name in ("loss", "agreement", "overlap", "tokens_per_round")]
+    (alone,) = (row for row in json.loads(of_branch.read_text())["rows"] if (row["controller"], row["category"]) == ("fixed:2", "all"))
+    shares = [f"{share:.2f}" for share in (*alone["acceptance_by_position"][:2], alone["acceptance_rate"], alone["tokens_per_round"])]
+    cells = [[cell.strip() for cell in line.split("|")[2:-1]] for line in text.splitlines() if line.startswith("| first try")]
+    assert cells == [["2", "next", *counts, *figures], [*shares, f"{alone['scored_speedup']:.2f}", f"{alone['identical']} of 4"]]
     for name in ("questions_batches", "training"):
         assert f"](report/{name}.svg)" in text
         assert xml.etree.ElementTree.parse(folder / "report" / f"{name}.svg").getroot().tag.endswith("svg")
     # Once more: the benchmark is not started, and every file is what it was.
     before = {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
     files = {path: path.read_bytes() for path in (folder / "report").iterdir()}
-    assert report(folder, training).returncode == 0
+    assert report(folder, training_flag).returncode == 0
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
     assert files == {path: path.read_bytes() for path in (folder / "report").iterdir()}
     assert (folder / "report.md").read_text() == text
