@@ -11,9 +11,9 @@ Hours, on a CPU. Each benchmark is kept in a folder of OUTPUT_DIR, and goes on w
 import itertools
 import json
 import pathlib
-import re
 import subprocess
 import sys
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -43,7 +43,7 @@ flags.DEFINE_list("training", [], "Training runs for the last part, LABEL=FOLDER
 flags.DEFINE_string("training_prompts", None, "Prompts that they draft for; by default the first file of --prompts.")
 flags.DEFINE_boolean("run", True, "Do what is not done yet.")
 
-TRAINED = "fixed:2"  # how branches of training runs draft
+TRAINED = "fixed:2"  # how branches of training runs draft: the second tokens tell apart what the first do not
 BENCHMARK = pathlib.Path(__file__).parent.parent / "infer" / "benchmark.py"
 
 
@@ -183,14 +183,14 @@ def read_training(label: str, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def training_benchmark(label: str, folder: pathlib.Path) -> Benchmark:
-    """The branch of a training run drafting alone, greedy, so many tokens a round that the second ones count as well."""
+    """The branch of a training run drafting alone, greedy."""
     prompts = FLAGS.training_prompts or FLAGS.prompts[0]
-    name = f"training/{re.sub(r'[^0-9A-Za-z]+', '_', label)}"
+    name = f"training/{urllib.parse.quote(label, safe=' ')}"  # no two labels share a folder
     return benchmark(prompts, name, exit_branch=folder / "exit_branch", arms="exit", controllers=f"{PLAIN},{TRAINED}", temperature=0)
 
 
 def training_table(runs: dict[str, dict[str, Any]]) -> str:
-    """What a run reached on held-out text of its own."""
+    """What each run reached on held-out text of its own."""
     header = ("run", "N", "start", "draft vocabulary", "response tokens", "positions seen", "loss", "agreement", "overlap", "tokens/round")
     lines = []
     for label, run in runs.items():
@@ -272,6 +272,8 @@ def main(argv: Sequence[str]) -> None:
     if wrong := [folder for label, folder in pairs if not label or not folder]:
         raise UserError(f"--training is {wrong[0]!r}; expected LABEL=FOLDER")
     folders = {label: pathlib.Path(folder).expanduser() for label, folder in pairs}
+    if len(folders) < len(pairs):
+        raise UserError(f"--training is {','.join(FLAGS.training)!r}; expected labels that differ")
     runs = {label: read_training(label, folder) for label, folder in folders.items()}
     cells = {cell: cell.benchmark() for cell in all_cells()}
     branches = {label: training_benchmark(label, folder) for label, folder in folders.items()}
@@ -285,7 +287,8 @@ def main(argv: Sequence[str]) -> None:
             f"--output_dir is {FLAGS.output_dir!r}, and there is nothing in it to report on; expected finished benchmarks, or --run"
         )
     write(found, runs, trained)
-    print(f"[{FLAGS.report} reports on {len(found)} of {len(cells)} benchmarks and {len(runs)} training runs]", file=sys.stderr)
+    of_runs = f"{len(runs)} training runs ({len(trained)} of their branches drafted)"
+    print(f"[{FLAGS.report} reports on {len(found)} of {len(cells)} benchmarks and {of_runs}]", file=sys.stderr)
 
 
 if __name__ == "__main__":

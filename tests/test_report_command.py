@@ -44,7 +44,7 @@ def test_the_document_says_what_was_found_and_nothing_runs_twice(folder, trainin
     first = report(folder, training_flag)
     assert first.returncode == 0, first.stderr
     results, of_branch = (
-        folder / "runs" / name / "results.json" for name in ("questions/temperature_0_batch_2_lookup", "training/first_try")
+        folder / "runs" / name / "results.json" for name in ("questions/temperature_0_batch_2_lookup", "training/first try")
     )
     rows = {(row["controller"], row["category"]): row for row in json.loads(results.read_text())["rows"]}
     text = (folder / "report.md").read_text()
@@ -84,6 +84,7 @@ def test_mistakes_end_with_one_line(folder):
     for arguments, words in (
         (["--training=runs/a"], "expected LABEL=FOLDER"),
         ([f"--training=a={folder}"], "cannot be read"),
+        ([f"--training=a={folder},a={folder}"], "labels that differ"),
         ([f"--output_dir={folder / 'nothing'}", "--norun"], "nothing in it to report on"),
     ):
         result = report(folder, *arguments)

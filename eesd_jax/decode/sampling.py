@@ -17,7 +17,7 @@ from eesd_jax.model import cpu_calls
 
 _BLOCK = 128  # tokens whose probabilities are summed first
 _GROUP = 64  # tokens of which the best is found first
-_BITS_OF_ONE = 0x3F800000  # of the float32 1.0: the largest probability
+_BITS_OF_ONE = 0x3F800000  # of the float32 1.0: the largest weight
 
 
 class Sampling(NamedTuple):
@@ -103,12 +103,15 @@ def _greedy(logits_BxV: jax.Array) -> Draw:
 
 
 def warp(logits: jax.Array, sampling: Sampling) -> Warped:
-    """The distributions that tokens are drawn from; of greedy rows, point masses.
+    """The distributions that tokens are drawn from, in few numbers; of greedy rows, point masses.
 
     Args:
       logits: float32 [..., V].
       sampling: of shapes that broadcast to [...]. Filters apply in the order temperature, top-k, top-p (Holtzman et al. 2020), min-p
         (Nguyen et al. 2024), as in transformers.
+
+    Returns:
+      Fields of shape [...].
     """
     sampling = Sampling(*(jnp.broadcast_to(setting, logits.shape[:-1]) for setting in sampling))
     greedy = sampling.temperature == 0
