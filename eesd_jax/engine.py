@@ -428,12 +428,16 @@ class Engine:
 
 def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) -> tuple[int, int]:
     """Padded prompt length and cache capacity, in tokens, for a batch: few values, so that few programs are compiled."""
+    chunk = config.prompt_buckets[-1]
     bucket = next((size for size in config.prompt_buckets if longest_prompt <= size), longest_prompt)
     power = config.min_capacity
     while 2 * power < max(bucket, longest_text):
         power *= 2
     capacity = next(size for size in (power, power * 3 // 2, 2 * power) if size >= max(bucket, longest_text))
-    return (bucket if longest_prompt <= config.prompt_buckets[-1] else capacity), capacity
+    if longest_prompt <= chunk:
+        return bucket, capacity
+    capacity = -(-capacity // chunk) * chunk  # chunks are written whole
+    return capacity, capacity
 
 
 def _as_they_are(tree: Any) -> Any:

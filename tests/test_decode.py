@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import re
 
@@ -80,10 +81,22 @@ def test_a_row_in_a_batch_gives_what_it_gives_alone(lm: Engine, sampling: Sampli
     assert tokens_of(lm, PROMPTS[:3], sampling=sampling, batch_size=4) == alone[:3]
 
 
-def test_a_prompt_run_in_chunks_gives_what_one_pass_gives(lm: Engine):
-    prompt = np.random.default_rng(0).integers(3, 300, size=40).tolist()
-    one_pass = Engine(lm.model, DecodeConfig(max_new_tokens=12, prompt_buckets=(64,)))
-    assert tokens_of(lm, [prompt, PROMPTS[0]]) == tokens_of(one_pass, [prompt, PROMPTS[0]])
+@pytest.mark.parametrize("length", [17, 30, 40])
+def test_a_prompt_run_in_chunks_gives_what_one_pass_gives(lm: Engine, length: int):
+    """Also where half a chunk more would be room enough."""
+    prompt = np.random.default_rng(0).integers(3, 300, size=length).tolist()
+    in_chunks = Engine(lm.model, dataclasses.replace(BUCKETS, max_new_tokens=4, min_capacity=16))
+    one_pass = Engine(lm.model, DecodeConfig(max_new_tokens=4, prompt_buckets=(64,)))
+    assert tokens_of(in_chunks, [prompt, PROMPTS[0]]) == tokens_of(one_pass, [prompt, PROMPTS[0]])
+
+
+def test_chunks_fill_what_they_are_written_to():
+    for config in (BUCKETS, DecodeConfig(), DecodeConfig(prompt_buckets=(100,), min_capacity=48)):
+        for prompt in range(1, 3000, 7):
+            for text in (prompt + 1, prompt + 20, prompt + 500):
+                padded, capacity = engine.bucket_shapes(config, prompt, text)
+                assert prompt <= padded <= capacity and text <= capacity
+                assert padded in config.prompt_buckets or padded % config.prompt_buckets[-1] == 0
 
 
 def test_a_sliding_window_counts_in_the_cache_too():

@@ -72,6 +72,8 @@ def prefill(
       The state before the first plain step, and what drafting takes from here (see `speculative.start_drafting`).
     """
     batch, padded = prompt_BxP.shape
+    # A slice that went over an end would be moved back, and read or write other tokens.
+    assert padded <= capacity and (padded <= chunk or padded % chunk == 0), (padded, chunk, capacity)
     early, late = range(exit_layer), range(exit_layer, config.num_layers)
     dtype = params["final_norm"].dtype
     exit_cache, no_deep = empty_exits(config, branch, batch, capacity, dtype)
