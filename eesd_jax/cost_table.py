@@ -24,6 +24,7 @@ from eesd_jax.config import SamplingConfig
 from eesd_jax.decode.controllers import Controller, Fixed
 from eesd_jax.hardware import cpu_name
 from eesd_jax.model import sharding
+from eesd_jax.prefill import bucket_shapes
 from eesd_jax.weights import hub
 
 if TYPE_CHECKING:
@@ -155,8 +156,6 @@ def _budget(engine: "Engine") -> int:
 
 def _shape(engine: "Engine", batch: int) -> str:
     """Everything that the cost of a round depends on."""
-    from eesd_jax.engine import bucket_shapes  # which imports this module
-
     device, model, drafter = jax.devices()[0], engine.model, engine.drafter
     longest_text = min(PROMPT_TOKENS + _budget(engine), model.config.context_length) + drafter.draft.max_draft + 1
     mesh = sharding.mesh_of(engine.params["final_norm"])

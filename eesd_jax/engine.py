@@ -39,6 +39,7 @@ from eesd_jax.generation import Generation, Rounds
 from eesd_jax.model import cpu_calls, llama, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, with_codes
+from eesd_jax.prefill import Prefilled, bucket_shapes, one_by_one, padded_length, worth_one_by_one
 from eesd_jax.streaming import TextStream
 from eesd_jax.weights import branch_folder, hub, ngram_file
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -353,21 +354,31 @@ class Engine:
         drafter = self.drafter if controller is not None else None
         # A round writes up to max_draft + 1 entries behind a row's last but one token, whatever the budget.
         room = 0 if drafter is None else drafter.draft.max_draft + 1
+        chunk = options.prompt_buckets[-1]
         padded, capacity = bucket_shapes(options, int(lengths.max()), int(limits.max()) + room)
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        keys = _row_keys(self._place_rows(np.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, np.uint32)))
-        with cpu_calls.on_mesh(self._on_mesh):
-            state, exits = _prefill(
+        numbers = np.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, np.uint32)
+
+        def run(rows: slice, padded: int) -> Prefilled:
+            keys = _row_keys(self._place_rows(numbers[rows]))
+            return _prefill(
                 config,
                 self.params,
                 self.branch if drafter else None,
-                *self._place_rows((tokens, lengths, limits, keys)),
+                *self._place_rows((tokens[rows, :padded], lengths[rows], limits[rows], keys)),
                 exit_layer=drafter.draft.exit_layer if drafter else config.num_layers,
                 capacity=capacity,
-                chunk=options.prompt_buckets[-1],
+                chunk=chunk,
             )
+
+        with cpu_calls.on_mesh(self._on_mesh):
+            if cpu_calls.possible() and worth_one_by_one(options, lengths[: len(prompts)], batch):
+                own = [padded if length > chunk else padded_length(options, length) for length in lengths]
+                state, exits = one_by_one(lambda row: run(slice(row, row + 1), own[row]), len(prompts), batch)
+            else:
+                state, exits = run(slice(None), padded)
         if controller is None:
             return state
         state = _start_drafting(state, exits, as_argument(controller))
@@ -424,20 +435,6 @@ class Engine:
         """A pytree of arrays [B, ...], each row on the devices that decode it."""
         home = self.rows_home
         return tree if home is None else jax.device_put(tree, home)
-
-
-def bucket_shapes(config: DecodeConfig, longest_prompt: int, longest_text: int) -> tuple[int, int]:
-    """Padded prompt length and cache capacity, in tokens, for a batch: few values, so that few programs are compiled."""
-    chunk = config.prompt_buckets[-1]
-    bucket = next((size for size in config.prompt_buckets if longest_prompt <= size), longest_prompt)
-    power = config.min_capacity
-    while 2 * power < max(bucket, longest_text):
-        power *= 2
-    capacity = next(size for size in (power, power * 3 // 2, 2 * power) if size >= max(bucket, longest_text))
-    if longest_prompt <= chunk:
-        return bucket, capacity
-    capacity = -(-capacity // chunk) * chunk  # chunks are written whole
-    return capacity, capacity
 
 
 def _as_they_are(tree: Any) -> Any:

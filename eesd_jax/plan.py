@@ -32,6 +32,7 @@ from eesd_jax.model import cache as kv
 from eesd_jax.model import cpu_calls, exit_branch, llama, quantized, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.quantized import Quantized
+from eesd_jax.prefill import bucket_shapes
 
 DISTILL, PREFILL, PLAIN, ROUND = "distill step", "prefill", "plain step", "EESD round"
 
@@ -204,7 +205,7 @@ def shapes(config: ExperimentConfig, model: ModelConfig, shape: DecodeShape) -> 
     exit_branch.check_exit_layer(model, config.branch.exit_layer, deep_input=config.branch.deep_input)
     options = DecodeConfig()
     longest = min(shape.prompt_tokens + shape.max_new_tokens, model.context_length) + shape.max_draft + 1
-    padded, capacity = engine.bucket_shapes(options, shape.prompt_tokens, longest)
+    padded, capacity = bucket_shapes(options, shape.prompt_tokens, longest)
     return Shapes(DraftConfig(config.branch.exit_layer, shape.max_draft), padded, capacity, options.prompt_buckets[-1])
 
 

@@ -90,15 +90,6 @@ def test_a_prompt_run_in_chunks_gives_what_one_pass_gives(lm: Engine, length: in
     assert tokens_of(in_chunks, [prompt, PROMPTS[0]]) == tokens_of(one_pass, [prompt, PROMPTS[0]])
 
 
-def test_chunks_fill_what_they_are_written_to():
-    for config in (BUCKETS, DecodeConfig(), DecodeConfig(prompt_buckets=(100,), min_capacity=48)):
-        for prompt in range(1, 3000, 7):
-            for text in (prompt + 1, prompt + 20, prompt + 500):
-                padded, capacity = engine.bucket_shapes(config, prompt, text)
-                assert prompt <= padded <= capacity and text <= capacity
-                assert padded in config.prompt_buckets or padded % config.prompt_buckets[-1] == 0
-
-
 def test_a_sliding_window_counts_in_the_cache_too():
     windowed = Engine(tiny.loaded_model("mistral", sliding_window=5)._replace(eos_ids=()), BUCKETS)
     (new,) = tokens_of(windowed, PROMPTS[2:3])
