@@ -221,10 +221,11 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
     costs = cost_table.round_costs(engine, batch)
     timed, forced = cost_table.endless(engine), cost_table.forced(engine, 0)
     budget = max(engine.decode_config.max_new_tokens, _PLAIN_STEPS + 2)
+    rows = {controller: cost_table.beginning(timed, controller, batch, budget) for controller in (None, forced)}
     ratios = []
     for pair in range(_PLAIN_PAIRS + 1):
         turns = (None, forced) if pair % 2 else (forced, None)
-        seconds = {controller: cost_table.seconds_of_step(timed, controller, batch, _PLAIN_STEPS, budget) for controller in turns}
+        seconds = {controller: cost_table.seconds_of_step(timed, rows[controller], controller, _PLAIN_STEPS) for controller in turns}
         ratios.append(seconds[None] / seconds[forced])
     return Costs(costs.exit[0] * statistics.median(ratios[1:]), costs.exit, costs.look_up)  # the first pair compiles
 

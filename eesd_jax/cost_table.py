@@ -18,10 +18,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from eesd_jax import control, processes
 from eesd_jax.config import SamplingConfig
 from eesd_jax.decode.controllers import Controller, Fixed
+from eesd_jax.decode.state import DecodeState
 from eesd_jax.hardware import cpu_name
 from eesd_jax.model import sharding
 from eesd_jax.prefill import bucket_shapes
@@ -87,16 +89,27 @@ def forced(engine: "Engine", drafts: int) -> Controller:
     return dataclasses.replace(arms, forced=drafts)
 
 
-def seconds_of_step(timed: "Engine", controller: Controller | None, batch: int, steps: int, budget: int) -> float:
+def beginning(timed: "Engine", controller: Controller | None, batch: int, budget: int) -> DecodeState:
+    """Rows from which steps are timed; without a controller, plain ones.
+
+    Args:
+      timed: an `endless` engine.
+      controller: any of a kind; what is drafted does not depend on it yet.
+      budget: new tokens that there is room for.
+    """
+    prompts = [[i % timed.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
+    return timed.prefill(prompts, [0] * batch, batch, budget, controller)
+
+
+def seconds_of_step(timed: "Engine", rows: DecodeState, controller: Controller | None, steps: int) -> float:
     """Seconds of a round of the real program, greedy; without a controller, of a plain step.
 
     Args:
       timed: an `endless` engine.
+      rows: its `beginning`, which is left as it is.
       steps: timed together, behind one that is not.
-      budget: new tokens that there is room for.
     """
-    prompts = [[i % timed.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
-    state = timed.prefill(prompts, [0] * batch, batch, budget, controller)
+    state = jax.tree.map(jnp.copy, rows)  # decoding uses it up
     state = jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, 1))
     start = time.perf_counter()
     jax.block_until_ready(timed.decode(state, SamplingConfig(), controller, steps))
@@ -115,8 +128,10 @@ def measure(engine: "Engine", batch: int) -> RoundCosts:
     look_up = [1 - draft.width_of(length) for length in lengths if length] if draft.longest_match else []  # negative: from lookup
     controllers = {length: forced(engine, length) for length in (0, *by_branch, *look_up)}
 
+    rows = beginning(timed, controllers[0], batch, _budget(engine))
+
     def seconds(length: int) -> float:
-        return seconds_of_step(timed, controllers[length], batch, ROUNDS, _budget(engine))
+        return seconds_of_step(timed, rows, controllers[length], ROUNDS)
 
     order = [*controllers, 0]
     seconds(0)  # compiles
