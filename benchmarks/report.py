@@ -100,7 +100,13 @@ class Cell(NamedTuple):
             controllers=",".join([PLAIN, *names]),
             temperature=self.temperature,
             batch_size=self.batch_size,
+            ignore_eos=self.ignores_eos or None,
         )
+
+    @property
+    def ignores_eos(self) -> bool:
+        """Sampled answers end sooner or later by chance, and a batch takes as long as its longest."""
+        return float(self.temperature) > 0 and int(self.batch_size) > 1
 
 
 def all_cells() -> list[Cell]:
@@ -229,9 +235,10 @@ def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]], tr
     for prompts, cells in itertools.groupby(found, key=lambda cell: cell.prompts):
         part = {cell: found[cell] for cell in cells}
         stem = pathlib.Path(prompts).stem
-        images[f"{stem}_batches.svg"] = plots.batches(speeds_by_batch(part), f"{DEFAULT_CONTROLLER} over plain decoding, {stem}")
         sections += [f"## {stem}", f"### {DEFAULT_CONTROLLER}, the default", headline(part)]
-        sections += [f"![Speed-up against batch size]({document.stem}/{stem}_batches.svg)"]
+        if len({cell.batch_size for cell in part}) > 1:
+            images[f"{stem}_batches.svg"] = plots.batches(speeds_by_batch(part), f"{DEFAULT_CONTROLLER} over plain decoding, {stem}")
+            sections += [f"![Speed-up against batch size]({document.stem}/{stem}_batches.svg)"]
         sections += ["### Speed-up by category", by_category(part, "speedup")]
         sections += ["### Tokens per round by category", by_category(part, "tokens_per_round")]
         if swept := {cell: results for cell, results in part.items() if any(name.startswith("fixed:") for name in of_all(results))}:
@@ -259,8 +266,8 @@ def introduction(results: dict[str, Any]) -> str:
     settings = results["settings"]
     return (
         f"{model_and_machine(results)}; at most {settings['max_new_tokens']} new tokens and {settings['max_draft']} drafts in a round. "
-        "Every answer is interleaved with plain decoding's. Scored: the logged rounds priced with the measured cost of a round. Made by "
-        "`benchmarks/report.py`."
+        "Every answer is interleaved with plain decoding's. Scored: the logged rounds priced with the measured cost of a round. Sampled "
+        "answers of a batch ignore EOS, because it takes as long as its longest. Made by `benchmarks/report.py`."
     )
 
 

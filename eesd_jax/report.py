@@ -147,10 +147,11 @@ def to_text(results: dict[str, Any]) -> str:
 def to_markdown(results: dict[str, Any]) -> str:
     """`table.md`: all prompts, then speed-ups and tokens per round by category, then where greedy answers differ from plain decoding's."""
     settings = results["settings"]
+    length = "new tokens, EOS ignored" if settings["ignore_eos"] else "new tokens at most"
     sections = [
         "# Benchmark",
         f"{model_and_machine(results)}. Temperature {settings['temperature']:g}, batch size {settings['batch_size']}, "
-        f"{settings['max_new_tokens']} new tokens at most, {settings['conversations']} conversations of {settings['prompts']}.",
+        f"{settings['max_new_tokens']} {length}, {settings['conversations']} conversations of {settings['prompts']}.",
         *results["notes"],
         "## All prompts",
         summary(results["rows"]),

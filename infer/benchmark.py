@@ -27,6 +27,12 @@ flags.DEFINE_list(
     "controllers", None, "Controllers to compare, separated by commas, as for --controller; default: plain and that of --controller."
 )
 flags.DEFINE_integer("limit", None, "Only the first so many conversations of --prompts; default: all.")
+flags.DEFINE_boolean(
+    "ignore_eos",
+    False,
+    "Let every answer take all of --max_new_tokens. A batch takes as long as its longest answer, so sampled ones, which differ from run to "
+    "run, say little otherwise.",
+)
 flags.DEFINE_string("output_dir", None, "Folder for results.json, table.md, plots and runs.jsonl.")
 cli.define_generation_flags()
 cli.define_model_flags()
@@ -39,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     folder = pathlib.Path(FLAGS.output_dir).expanduser()
     engine = cli.load_from_flags()
 
-    from eesd_jax import benchmark, report
+    from eesd_jax import benchmark, cost_table, report
     from eesd_jax.conversations import check_prompts
 
     chat = engine.has_chat_template if FLAGS.chat is None else FLAGS.chat
@@ -48,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
     batch_size = max(len(batch.conversations) for batch in batches)
     settings = flag_settings(names, conversations) | {"batch_size": batch_size, "chat": chat}
     settings |= benchmark.describe_drafter(engine) | benchmark.describe_machine(engine)
+    if FLAGS.ignore_eos:
+        engine = cost_table.endless(engine)
     journal = Journal(folder / "runs.jsonl", settings)
     notes = []
     if len(names) > 1 and engine.drafter.branch is not None and not engine.drafter.trained:
@@ -89,7 +97,7 @@ def flag_settings(names: Sequence[str], conversations: Sequence[Conversation]) -
     """What the flags say that the results depend on."""
     from eesd_jax.benchmark import prompts_sha256
 
-    flag_names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mesh")
+    flag_names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mesh", "ignore_eos")
     return {
         "model": model_name(),
         "controllers": list(names),

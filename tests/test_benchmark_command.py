@@ -444,6 +444,23 @@ def test_the_plain_step_is_priced_relative_to_a_round(engine, monkeypatch):
     assert costs.plain == pytest.approx(4.0, rel=0.3)
 
 
+def test_with_eos_ignored_every_answer_takes_its_budget(run, drafter, monkeypatch):
+    def answers(folder: str, *arguments: str) -> list[dict]:
+        result = run("--limit=1", f"--output_dir={folder}", *arguments)
+        assert result.code == 0, result.err
+        found = [json.loads(line) for line in pathlib.Path(folder, "runs.jsonl").read_text().splitlines()]
+        return [answer for line in found if "run" in line for answer in line["run"]["answers"]]
+
+    model, branch = drafter
+    common = answers("first")[0]["token_ids"][3]  # from now on it ends a text
+    ending = Engine(model._replace(eos_ids=(common,)), DecodeConfig(max_new_tokens=12), branch)
+    monkeypatch.setattr(cli, "load_from_flags", lambda: ending)
+    assert "eos" in {answer["finish_reason"] for answer in answers("ended")}
+    everything = answers("whole", "--ignore_eos=true")
+    assert {(len(answer["token_ids"]), answer["finish_reason"]) for answer in everything} == {(12, "length")}
+    assert "12 new tokens, EOS ignored" in pathlib.Path("whole/table.md").read_text()
+
+
 def test_batches_are_of_one_category_and_in_order():
     names = ["b", "a", "b", None, "a", "b"]
     conversations = [Conversation(i, name, (), ("hi",), i) for i, name in enumerate(names)]

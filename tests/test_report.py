@@ -52,7 +52,8 @@ def results_of(runs, divergences=(), costs=COSTS, temperature=0.0) -> dict:
     return {
         "machine": {"device": "cpu", "devices": 1, "cpu": "Some | CPU", "cores": 2, "jax": "0", "dtype": "float32", "reads_codes": False},
         "model": "tiny",
-        "settings": {"temperature": temperature, "batch_size": 1, "max_new_tokens": 6, "prompts": "p.jsonl", "conversations": 2},
+        "settings": {"temperature": temperature, "batch_size": 1, "max_new_tokens": 6, "prompts": "p.jsonl", "conversations": 2}
+        | {"ignore_eos": False},
         "notes": ["A note."],
         "costs": costs and costs._asdict(),
         "rows": report.result_rows(runs, divergences, costs, arms="exit", temperature=temperature, batch_size=1),

@@ -13,8 +13,8 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def report(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """One small benchmark of a random model, which lookup alone drafts for."""
-    settings = ["--model=tiny", "--exit_branch=none", "--temperatures=0", "--batch_sizes=2", "--max_draft=3", "--max_new_tokens=8"]
+    """Two small benchmarks of a random model, which lookup alone drafts for."""
+    settings = ["--model=tiny", "--exit_branch=none", "--temperatures=0", "--batch_sizes=1,2", "--max_draft=3", "--max_new_tokens=8"]
     settings += ["--fixed=1,3"]
     places = (f"--prompts={folder / 'questions.jsonl'}", f"--output_dir={folder / 'runs'}", f"--report={folder / 'report.md'}")
     command = [sys.executable, "benchmarks/report.py", *settings, *places, *arguments]
@@ -78,6 +78,10 @@ def test_the_document_says_what_was_found_and_nothing_runs_twice(folder, trainin
     assert before == {path: path.stat().st_mtime_ns for path in (folder / "runs").rglob("*")}
     assert files == {path: path.read_bytes() for path in (folder / "report").iterdir()}
     assert (folder / "report.md").read_text() == text
+    # Of one batch size there is nothing to plot.
+    assert report(folder, "--batch_sizes=2", "--norun", f"--report={folder / 'one_size.md'}").returncode == 0
+    assert ours["answers"] == 4 and "| 2 |" in re.sub(" +", " ", (folder / "one_size.md").read_text())
+    assert "batches.svg" not in (folder / "one_size.md").read_text() and not list((folder / "one_size").iterdir())
 
 
 def test_mistakes_end_with_one_line(folder):
