@@ -51,7 +51,7 @@ _FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOPPED: "stop"}
 
 _prefill = jax.jit(loop.prefill, static_argnames=("config", "exit_layer", "capacity", "chunk"))
 # Jitted so that what it adds lies where the rest of the state does: a program compiles again for arrays that are placed otherwise.
-_start_drafting = jax.jit(speculative.start_drafting)
+_start_drafting = jax.jit(speculative.start_drafting, static_argnames=("draft",))
 _row_keys = jax.jit(jax.vmap(jax.random.key))
 
 
@@ -381,7 +381,7 @@ class Engine:
                 state, exits = run(slice(None), padded)
         if controller is None:
             return state
-        state = _start_drafting(state, exits, as_argument(controller))
+        state = _start_drafting(drafter.draft, self.branch, as_argument(controller), state, exits)
         # What it adds lies where the rest of a row does: for arrays that lie elsewhere the program would be compiled again.
         added = self._place_rows(state.draft._replace(exit_cache=None))
         return state._replace(draft=added._replace(exit_cache=state.draft.exit_cache))

@@ -282,7 +282,7 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
     held = weights | {"caches": state.cache, "other state": state._replace(cache=None)}
     yield Program(PLAIN, compiled, arguments, held, rows, runs_of(PLAIN, found, on))
 
-    _, state = compile("start of drafting", engine._start_drafting, state, exits, controller=controller)
+    _, state = compile("start of drafting", engine._start_drafting, found.draft, branch, controller, state, exits)
     arguments = (model, found.draft, controller, eos, params, branch, sampling, state, steps)
     compiled, _ = compile(ROUND, engine._decode_speculative, *arguments)
     others = state._replace(cache=None, draft=state.draft._replace(exit_cache=None))

@@ -23,6 +23,7 @@ from eesd_jax.decode.controllers import (
     Fixed,
     Replacements,
     Threshold,
+    draw_beta,
 )
 
 MAX_DRAFT = 8
@@ -218,6 +219,25 @@ def test_posteriors_stay_proper_on_any_text(discount):
     assert (states.beta >= 0.5).all()
     assert (states.predicted > 0).all()
     assert (states.predicted < states.alpha + states.beta).all()
+
+
+# --- What is drawn ---
+
+
+def test_draws_from_beta_follow_its_law():
+    shapes = [(0.3, 2.0), (1.0, 1.0), (2.0, 5.0), (200.0, 50.0), (5000.0, 3000.0)]
+    rows = 20_000
+    alpha_B, beta_B = (jnp.repeat(jnp.array(values), rows) for values in zip(*shapes, strict=True))
+    draws = np.asarray(jax.jit(draw_beta)(keys_of(alpha_B.size), alpha_B, beta_B)).reshape(-1, rows)
+    for (alpha, beta), of_shape in zip(shapes, draws, strict=True):
+        assert stats.kstest(of_shape, stats.beta(alpha, beta).cdf).pvalue > 1e-5
+
+
+def test_draws_from_beta_are_probabilities_for_any_counts():
+    counts = jnp.repeat(jnp.array([1e-6, 1.0, 1e6, 1e30]), 1000)
+    for other in (1e-6, 1.0, 1e30):
+        draws = np.asarray(jax.jit(draw_beta)(keys_of(counts.size), counts, jnp.full(counts.size, other)))
+        assert ((draws >= 0) & (draws <= 1)).all()
 
 
 # --- Whether to draft on ---

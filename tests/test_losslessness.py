@@ -112,7 +112,7 @@ def draw_texts(
         state, exits = loop.prefill(
             CONFIG, params, branch, prompts, length, length + BUDGET, keys, exit_layer=draft.exit_layer, capacity=12, chunk=8
         )
-        state = speculative.start_drafting(state, exits, controller)
+        state = speculative.start_drafting(draft, branch, controller, state, exits)
 
         def step(state: loop.DecodeState) -> loop.DecodeState:
             return speculative.round_step(CONFIG, draft, controller, jnp.array([EOS], jnp.int32), params, branch, settings, state, table)

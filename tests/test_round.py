@@ -149,6 +149,15 @@ def test_invariants_hold_after_every_round(lm: Engine, sampling: SamplingConfig)
         assert_counts_agree(state, BETA)
 
 
+def test_nothing_is_read_of_the_distributions_of_rounds_before(lm: Engine):
+    texts = []
+    for before in (0.0, 0.7):
+        state = lm.prefill(PROMPTS, [1, 2, 3, 4], len(PROMPTS), BUDGET, BETA)
+        state = state._replace(draft=state.draft._replace(probs=state.draft.probs + before))
+        texts.append(lm.decode(state, SamplingConfig(temperature=1.0), BETA, 2 * BUDGET).tokens)
+    np.testing.assert_array_equal(*texts)
+
+
 def test_invariants_hold_with_a_second_input(deep: Engine, plain_tokens: list[list[int]]):
     for state in states(deep, BETA, 8, SamplingConfig(temperature=1.0)):
         assert_caches_hold_the_committed_tokens(deep, state)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.decode.controllers import Controller, Replacements
+from eesd_jax.decode.controllers import Controller, Replacements, draw_beta
 from eesd_jax.decode.lookup import Lookup, expected_drafts
 
 # Chosen by replaying answers of the built-in model, greedy and sampled, and random texts, in which lookup is never right. A draw, as for
@@ -129,7 +129,7 @@ class Arms:
         if self.inner is None:
             exit_tokens, exit_cost, wanted = jnp.ones((running_B.size, 1)), look_cost[:1], nobody
         else:
-            exit_theta = jax.vmap(jax.random.beta)(exit_keys, state.exit_alpha, state.exit_beta)
+            exit_theta = draw_beta(exit_keys, state.exit_alpha, state.exit_beta)
             exit_tokens, exit_cost = expected_tokens(exit_theta, lengths_L), jnp.array(self.exit_cost, jnp.float32)
             if state.replacements is not None:
                 some_rejected_BxL = 1 - exit_theta[:, None] ** lengths_L

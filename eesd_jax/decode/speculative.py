@@ -57,10 +57,13 @@ class _Drafting(NamedTuple):
     deep: jax.Array | None
 
 
-def start_drafting(state: DecodeState, exits: ExitState, controller: Controller) -> DecodeState:
+def start_drafting(
+    draft: DraftConfig, branch: exit_branch.ExitBranch | None, controller: Controller, state: DecodeState, exits: ExitState
+) -> DecodeState:
     """Adds to a prefilled state what speculation carries; `exits` is what prefill gave."""
     batch, capacity = state.tokens.shape
-    return state._replace(draft=DraftState(*exits, controller.init(batch), empty_log(batch, capacity)))
+    probs = jnp.zeros((batch, draft.max_draft, _draft_vocab(branch)), jnp.float32)
+    return state._replace(draft=DraftState(*exits, probs, controller.init(batch), empty_log(batch, capacity)))
 
 
 def _draft(
@@ -116,9 +119,8 @@ def _draft(
         caches = kv.write(caches, new, state.length - 1, after=h_Bx1xD)
         hidden = jnp.pad(h_Bx1xD, ((0, 0), (0, max_draft), (0, 0)))
         plan = controller.propose(plan_keys, state.draft.controller, running)
-    probs = jnp.zeros((batch, max_draft, _draft_vocab(branch)), jnp.float32)
     others = verify.empty_others(batch, max_draft, draft.others, _draft_vocab(branch))
-    drafts = verify.Drafts(tokens, looked, nothing, probs, looked > 0, others)
+    drafts = verify.Drafts(tokens, looked, nothing, state.draft.probs, looked > 0, others)
     others_hidden = jnp.zeros((batch, max_draft * draft.others, hidden.shape[-1]), hidden.dtype)
     others_early = kv.empty(config, batch, others_hidden.shape[1], hidden.dtype, blocks=draft.exit_layer)
     if branch is None:
@@ -369,5 +371,5 @@ def round_step(
         jnp.where(running, finish, state.finish),
         state.row_keys,
         cache,
-        DraftState(exit_cache, verified.deep, learned, log),
+        DraftState(exit_cache, verified.deep, drafted.drafts.probs, learned, log),
     )

@@ -44,12 +44,15 @@ class DraftState(NamedTuple):
 
     exit_cache: keys and values of the exit block (a tuple of one), capacity S; None without a branch.
     deep: [B, D], the target's normed last hidden state of the last committed token but one; None where no branch has it as an input.
+    probs: float32 [B, K, Q], see `verify.Drafts`. Nothing is read that its own round has not written: it is here so that no round has to
+      clear it, which in a batch of 16 took as long as a hundredth of the target's pass.
     controller: the controller's own state, leading axis B.
     log: of all rounds so far.
     """
 
     exit_cache: KVCache | None
     deep: jax.Array | None
+    probs: jax.Array
     controller: Any
     log: RoundLog
 

@@ -112,7 +112,7 @@ def _empty(static: _Static, rows: int, params: llama.Params, branch: ExitBranch 
         state = DecodeState(tokens, ones, ones * 1, ones * LENGTH, keys, cache, None)
         if static.controller is not None:
             exits = loop.empty_exits(static.config, branch, rows, capacity, dtype)
-            state = speculative.start_drafting(state, exits, static.controller)
+            state = speculative.start_drafting(static.draft, branch, static.controller, state, exits)
         zeros = jnp.zeros(rows)
         return _Rows(state, Sampling(zeros, jnp.zeros(rows, jnp.int32), jnp.ones(rows), zeros * 1))
 
@@ -142,7 +142,7 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
             chunk=static.chunk,
         )
         if static.controller is not None:
-            new = speculative.start_drafting(new, exits, static.controller)
+            new = speculative.start_drafting(static.draft, branch, static.controller, new, exits)
 
         def place(i: jax.Array, rows: _Rows) -> _Rows:
             def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
