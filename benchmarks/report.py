@@ -134,9 +134,14 @@ def headline(found: dict[Cell, dict[str, Any]]) -> str:
     return table(header, lines)
 
 
+def categories_of(found: dict[Cell, dict[str, Any]]) -> list[str]:
+    """In the order of the prompts; all of them together come last."""
+    return list(dict.fromkeys(row["category"] for results in found.values() for row in results["rows"]))
+
+
 def by_category(found: dict[Cell, dict[str, Any]], field: str) -> str:
     """A figure of the default controller in every setting and category."""
-    categories = list(dict.fromkeys(row["category"] for results in found.values() for row in results["rows"]))
+    categories = categories_of(found)
     lines = []
     for cell, results in found.items():
         rows = {row["category"]: row for row in results["rows"] if row["controller"] == DEFAULT_CONTROLLER}
@@ -239,8 +244,9 @@ def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]], tr
         if len({cell.batch_size for cell in part}) > 1:
             images[f"{stem}_batches.svg"] = plots.batches(speeds_by_batch(part), f"{DEFAULT_CONTROLLER} over plain decoding, {stem}")
             sections += [f"![Speed-up against batch size]({document.stem}/{stem}_batches.svg)"]
-        sections += ["### Speed-up by category", by_category(part, "speedup")]
-        sections += ["### Tokens per round by category", by_category(part, "tokens_per_round")]
+        if len(categories_of(part)) > 2:  # more than one, and all of them together
+            for title, field in (("Speed-up", "speedup"), ("Tokens per round", "tokens_per_round"), ("Acceptance", "acceptance_rate")):
+                sections += [f"### {title} by category", by_category(part, field)]
         if swept := {cell: results for cell, results in part.items() if any(name.startswith("fixed:") for name in of_all(results))}:
             sections += ["### Controllers, relative to the best fixed length", against_fixed(swept, "speedup")]
             sections += ["### The same, by their scores", against_fixed(swept, "scored_speedup")]

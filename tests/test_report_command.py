@@ -9,6 +9,8 @@ import xml.etree.ElementTree
 
 import pytest
 
+from eesd_jax.report import figure
+
 ROOT = pathlib.Path(__file__).parent.parent
 
 
@@ -52,8 +54,11 @@ def test_the_document_says_what_was_found_and_nothing_runs_twice(folder, trainin
     assert fixed == {"fixed:1", "fixed:3"}
     ours = rows["cost_aware", "all"]
     assert f"{ours['identical']} of 4" in text
-    for figure in (ours["speedup"], ours["scored_speedup"], rows["cost_aware", "two"]["tokens_per_round"]):
-        assert f"{figure:.2f}" in text
+    for value in (ours["speedup"], ours["scored_speedup"], rows["cost_aware", "two"]["tokens_per_round"]):
+        assert figure(value) in text
+    acceptance = text.partition("### Acceptance by category")[2].splitlines()[5]  # the second line of the table
+    shares = [figure(rows["cost_aware", category]["acceptance_rate"]) for category in ("one", "two", "all")]
+    assert [cell.strip() for cell in acceptance.split("|")[1:-1]] == ["0", "2", "lookup", *shares]
     for field in ("speedup", "scored_speedup"):
         best = max(("plain", *sorted(fixed)), key=lambda name: rows[name, "all"][field])
         assert f"| {best}: {rows[best, 'all'][field]:.2f} | " in re.sub(" +", " ", text)

@@ -107,14 +107,13 @@ def draw_beta(keys_B: jax.Array, alpha_B: jax.Array, beta_B: jax.Array) -> jax.A
     which are drawn at once. `jax.random.beta` loops until one is accepted, on a CPU one row after the other.
     """
     shape_BxG = jnp.stack([alpha_B, beta_B], axis=1)
-    normal_keys, uniform_keys = jax.vmap(jax.random.split, out_axes=1)(keys_B)
-    normal = jax.vmap(lambda key: jax.random.normal(key, (2, _PROPOSALS)))(normal_keys)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2, _PROPOSALS + 1), minval=jnp.finfo(jnp.float32).tiny))(uniform_keys)
-    log_u = jnp.log(uniform)
+    tiny = jnp.finfo(jnp.float32).tiny
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, (2, 2 * _PROPOSALS + 1), minval=tiny))(keys_B)
+    normal, log_u = jax.scipy.special.ndtri(uniform[..., :_PROPOSALS]), jnp.log(uniform[..., _PROPOSALS:])
     # For shapes of 1 and more, so of shape + 1; the power of a uniform variable leads back.
     d = (shape_BxG + 2 / 3)[..., None]
     cube_root = 1 + normal / jnp.sqrt(9 * d)
-    log_v = 3 * jnp.log(jnp.maximum(cube_root, jnp.finfo(jnp.float32).tiny))
+    log_v = 3 * jnp.log(jnp.maximum(cube_root, tiny))
     is_accepted = (cube_root > 0) & (log_u[..., 1:] < normal**2 / 2 + d * (1 - jnp.exp(log_v) + log_v))
     first = jnp.argmax(is_accepted, axis=-1, keepdims=True)
     log_gamma = jnp.log(d) + jnp.take_along_axis(log_v, first, axis=-1) + log_u[..., :1] / shape_BxG[..., None]

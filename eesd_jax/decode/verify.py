@@ -83,6 +83,8 @@ def _residual(p_BxV: jax.Array, q_BxV: jax.Array) -> jax.Array:
 
 def _at(values_BxN: jax.Array, place_B: jax.Array) -> jax.Array:
     """One value, or one array, of each row's: [B, N, ...] to [B, ...]."""
+    if values_BxN.shape[1] == 1:  # a gather would copy it
+        return values_BxN[:, 0]
     return jnp.take_along_axis(values_BxN, place_B.reshape(-1, *[1] * (values_BxN.ndim - 1)), axis=1)[:, 0]
 
 
