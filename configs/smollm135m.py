@@ -15,7 +15,8 @@ Result on held-out text, behind every 170th step: agreement 0.31, 0.39, 0.43, 0.
 drafts accepted, of the second, where the first was, 44%. On other text it is worth less: of greedy answers to MT-bench 35% of first drafts
 are accepted.
 
-The curve flattens while the learning rate decays; what more steps or more text would bring has not been tried.
+The curve flattens while the learning rate decays; what more steps or more text would bring has not been tried. What other settings bring
+with little text is in docs/training.md, "What was tried".
 
 A small budget, a quarter of an hour:
 

@@ -16,6 +16,7 @@ from eesd_jax.report import ALL
 
 # Told apart also by who does not see all colours (Okabe & Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
+_STYLES = ("o-", "s--", "^:")  # where there are more lines than colours
 _DPI = 150
 _SCORED = "scored"
 _LABELLED_BARS = 12
@@ -91,7 +92,8 @@ def learning(lines: dict[str, Sequence[tuple[int, float]]]) -> str:
 
 def _draw_lines(axes: Axes, lines: dict[str, Sequence[tuple[int, float]]]) -> None:
     for i, (label, points) in enumerate(lines.items()):
-        axes.plot(*zip(*points, strict=True), "o-", color=_COLOURS[i % len(_COLOURS)], label=label)
+        style = _STYLES[i // len(_COLOURS) % len(_STYLES)]
+        axes.plot(*zip(*points, strict=True), style, color=_COLOURS[i % len(_COLOURS)], label=label)
 
 
 def _svg(figure: Figure) -> str:
