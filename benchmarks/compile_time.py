@@ -17,10 +17,11 @@ from absl import flags
 from stand_in import untrained_drafter
 
 import eesd_jax
-from eesd_jax import cli, report
+from eesd_jax import cli
+from eesd_jax.bench import report
 from eesd_jax.config import LONGEST_MATCH
-from eesd_jax.cost_table import PROMPT_TOKENS
-from eesd_jax.engine import Engine
+from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.timing import PROMPT_TOKENS
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("controllers", ["plain", "beta", "cost_aware"], "Controllers whose programs are compiled.")

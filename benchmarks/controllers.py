@@ -29,9 +29,9 @@ from rich.table import Table
 
 from eesd_jax import cli
 from eesd_jax.config import ControllerConfig
-from eesd_jax.control import build_controller, parse_controller
-from eesd_jax.cost_table import RoundCosts
+from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
+from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -173,7 +173,7 @@ class _Game(NamedTuple):
 
 
 def play(controller: Controller, state: Any, cost: jax.Array, text: Text, keys_B: jax.Array) -> Played:
-    """Decodes one batch [B, T] with a controller from its initial `state`, round by round as `decode/speculative.py` does."""
+    """Decodes one batch [B, T] with a controller from its initial `state`, round by round as `decode/round.py` does."""
     batch, tokens = text.accepted.shape
     max_draft = cost.shape[0] - 1
 
@@ -325,7 +325,7 @@ def show(result: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def cost_from_flag() -> tuple[float, ...]:
-    """Cost of a round with 0, 1, ... drafts; a cost file of the decoder's own (`cost_table.py`) will do."""
+    """Cost of a round with 0, 1, ... drafts; a cost file of the decoder's own (`engine/timing.py`) will do."""
     if FLAGS.cost in COSTS:
         return COSTS[FLAGS.cost]
     expected = f"expected {', '.join(COSTS)}, a list of at least two positive numbers, or a JSON file of one"

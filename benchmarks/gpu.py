@@ -31,13 +31,15 @@ from stand_in import DRAFT_VOCAB, untrained_drafter
 from work import Work, least_round, work_of_parts
 
 import eesd_jax
-from eesd_jax import cli, cost_table, report
+from eesd_jax import cli
+from eesd_jax.bench import report
+from eesd_jax.cluster.hardware import cpu_name, find_chip
 from eesd_jax.config import LONGEST_MATCH, DecodeConfig, DraftConfig, LossConfig, OptimizerConfig, SamplingConfig
 from eesd_jax.distill import step, teacher
 from eesd_jax.distill.data import Batch
-from eesd_jax.engine import Engine
+from eesd_jax.engine import timing
+from eesd_jax.engine.engine import Engine
 from eesd_jax.errors import UserError
-from eesd_jax.hardware import cpu_name, find_chip
 from eesd_jax.model import exit_branch, llama, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights import known, tiny
@@ -93,10 +95,10 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
         return state
 
     plain = median_seconds(steps, REPEATS) / STEPS
-    costs = cost_table.measure(engine, batch)
+    costs = timing.measure(engine, batch)
     drafter = engine.drafter
     several = drafter._replace(draft=dataclasses.replace(drafter.draft, candidates=FLAGS.candidates, longest_match=0))
-    costs_of_several = cost_table.measure(Engine(engine.model, engine.decode_config, several), batch)
+    costs_of_several = timing.measure(Engine(engine.model, engine.decode_config, several), batch)
     works = work_of_parts(engine.model.config, drafter.draft, engine.params, engine.branch, batch, PROMPT_TOKENS)
     bounds = [least_round(works, drafter.draft, drafts, bandwidth) for drafts in range(FLAGS.max_draft + 1)]
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))

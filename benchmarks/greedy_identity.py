@@ -24,19 +24,21 @@ import numpy as np
 from absl import flags
 
 import eesd_jax
-from eesd_jax import benchmark, cli, control, report
+from eesd_jax import cli
+from eesd_jax.bench import report, run
+from eesd_jax.bench.record import Answer, Journal, Run
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig
-from eesd_jax.cost_table import RoundCosts, code_fingerprint
+from eesd_jax.decode import control
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.drafter import Drafter
-from eesd_jax.engine import Engine
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.generation import Generation, Rounds
+from eesd_jax.engine.prompts import read_prompts
+from eesd_jax.engine.timing import RoundCosts, code_fingerprint
 from eesd_jax.errors import UserError
-from eesd_jax.generation import Generation, Rounds
-from eesd_jax.journal import Answer, Journal, Run
 from eesd_jax.model import llama
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, init_exit_branch
-from eesd_jax.prompts import read_prompts
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("prompts", None, "Files of prompts, of which the first turns are answered.")
@@ -124,7 +126,7 @@ def compare(engine: Engine, prompts: Prompts, cell: Cell, plain: Sequence[Sequen
         return Run(0, 0, cell.controller, cell.prompts, 0.0, answers)
 
     runs = {control.PLAIN: as_run(plain), cell.controller: as_run([generation.token_ids for generation in ours])}
-    found = benchmark.find_divergences(engine, prompts.tokens, runs)
+    found = run.find_divergences(engine, prompts.tokens, runs)
     rounds = Rounds.join([generation.log for generation in ours])
     return {
         "texts": len(prompts.ids),

@@ -25,7 +25,8 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from eesd_jax import cli, report
+from eesd_jax import cli
+from eesd_jax.bench import report
 from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS

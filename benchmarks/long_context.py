@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--capacities is {','.join(FLAGS.capacities)!r}; expected integers >= {needed}, the text and the steps")
     rows = []
     for dtype in FLAGS.dtype:
-        from eesd_jax.model import cpu_calls
+        from eesd_jax.kernels.cpu import calls
 
-        with mock.patch.object(cpu_calls, "possible", cpu_calls.possible if FLAGS.kernels else lambda: False):
+        with mock.patch.object(calls, "possible", calls.possible if FLAGS.kernels else lambda: False):
             seconds = measure(dtype, capacities)
         first = seconds[capacities[0]]
         rows += [(dtype, str(capacity), f"{1e3 * seconds[capacity]:.2f}", f"{seconds[capacity] / first:.3f}") for capacity in capacities]
 
-    from eesd_jax.report import table
+    from eesd_jax.bench.report import table
 
     print(table(("dtype", "slots of the cache", f"a step behind {FLAGS.length} tokens, ms", "to the first"), rows))
 
@@ -54,7 +54,7 @@ def measure(dtype: str, capacities: list[int]) -> dict[int, float]:
 
     import eesd_jax
     from eesd_jax.config import SamplingConfig
-    from eesd_jax.engine import Engine
+    from eesd_jax.engine.engine import Engine
 
     model = eesd_jax.load(FLAGS.model, dtype=dtype, exit_branch="none", arms=["exit"]).model
     context = model.config.context_length

@@ -32,8 +32,8 @@ from rich.progress import Progress
 from rich.table import Table
 
 from eesd_jax import cli
+from eesd_jax.engine.prompts import Conversation, read_prompts
 from eesd_jax.errors import UserError
-from eesd_jax.prompts import Conversation, read_prompts
 from eesd_jax.weights import hub
 
 FLAGS = flags.FLAGS
@@ -171,7 +171,7 @@ def measure(
     ways: Sequence[Way], prompts: Sequence[list[int]], budget: int, progress: Callable[[], None]
 ) -> tuple[list[Way], list[dict[Way, Timing]], dict[str, str]]:
     """The ways that work, what each did with each prompt, and why the others do not work. Nothing that JAX compiled is in the times."""
-    from eesd_jax.benchmark import watch_compilation
+    from eesd_jax.bench.run import watch_compilation
 
     working, failed = [], {}
     for way in ways:
@@ -202,15 +202,16 @@ def measure(
 
 def compare(engine: Any, prompts: Sequence[list[int]], expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
     """How many texts are identical, where they are not, and whether float32 can tell the two tokens there apart."""
-    from eesd_jax import benchmark, control
-    from eesd_jax.generation import Rounds
-    from eesd_jax.journal import Answer, Run
+    from eesd_jax.bench import run
+    from eesd_jax.bench.record import Answer, Run
+    from eesd_jax.decode import control
+    from eesd_jax.engine.generation import Rounds
 
     def as_run(name: str, texts: Sequence[list[int]]) -> Run:
         answers = [Answer(place, ids, "", "", Rounds.plain(0)) for place, ids in enumerate(texts)]
         return Run(0, 0, name, "", 0.0, answers)
 
-    divergences = benchmark.find_divergences(engine, prompts, {control.PLAIN: as_run("", expected), "peer": as_run("peer", found)})
+    divergences = run.find_divergences(engine, prompts, {control.PLAIN: as_run("", expected), "peer": as_run("peer", found)})
     excused = sum(one.excused for one in divergences)
     return {
         "identical": len(prompts) - len(divergences),
@@ -308,8 +309,8 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--model is {FLAGS.model!r}, which is no GGUF file, and --peers names {others[0]}; expected demo or a .gguf file")
 
     import eesd_jax
-    from eesd_jax import benchmark
-    from eesd_jax.conversations import check_prompts, encode
+    from eesd_jax.bench import run
+    from eesd_jax.engine.conversations import check_prompts, encode
 
     config = eesd_jax.DecodeConfig(max_new_tokens=FLAGS.max_new_tokens)
     with warnings.catch_warnings():
@@ -334,10 +335,10 @@ def main(argv: Sequence[str]) -> None:
     if not ways:
         raise UserError(f"none of --peers={','.join(names)} can answer; expected one whose package is installed")
     result = {
-        "machine": benchmark.describe_machine(engine),
+        "machine": run.describe_machine(engine),
         "model": pathlib.Path(FLAGS.model).name,
         "versions": versions(),
-        "drafter": benchmark.describe_drafter(engine),
+        "drafter": run.describe_drafter(engine),
         "settings": {name: FLAGS[name].value for name in ("max_new_tokens", "lookup_tokens", "early_exit")} | {"prompts": len(prompts)},
         "rows": result_rows(engine, prompts, ways, timings),
         "left_out": left_out,

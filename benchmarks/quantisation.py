@@ -18,12 +18,13 @@ import numpy as np
 from absl import flags
 
 import eesd_jax
-from eesd_jax import cli, report
-from eesd_jax.arithmetic import bytes_of_a_chip
+from eesd_jax import cli
+from eesd_jax.bench import report
 from eesd_jax.config import NOT_QUANTIZED, QUANTIZATIONS
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.planning.counts import bytes_of_a_chip
 from eesd_jax.weights.load import LoadedModel
 
 FLAGS = flags.FLAGS

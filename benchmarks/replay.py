@@ -25,16 +25,19 @@ import numpy as np
 from absl import flags
 
 import eesd_jax
-from eesd_jax import benchmark, cli, control, report
+from eesd_jax import cli
+from eesd_jax.bench import report
+from eesd_jax.bench import run as benchmark
+from eesd_jax.bench.record import Journal
 from eesd_jax.config import LONGEST_MATCH, ControllerConfig
-from eesd_jax.cost_table import RoundCosts
-from eesd_jax.decode import lookup, ngrams
-from eesd_jax.decode.arms import Arms
+from eesd_jax.decode import control
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.engine import Engine
+from eesd_jax.decode.sources import lookup, ngrams
+from eesd_jax.decode.sources.bandit import Arms
+from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.prompts import read_prompts
+from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.errors import UserError
-from eesd_jax.journal import Journal
-from eesd_jax.prompts import read_prompts
 from eesd_jax.weights import hub
 
 FLAGS = flags.FLAGS

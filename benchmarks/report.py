@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from eesd_jax import cli, plots
+from eesd_jax import cli
+from eesd_jax.bench import plots
+from eesd_jax.bench.report import ALL, figure, model_and_machine, table
 from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DraftConfig
-from eesd_jax.control import PLAIN, WITHOUT_BRANCH
+from eesd_jax.decode.control import PLAIN, WITHOUT_BRANCH
 from eesd_jax.errors import UserError
-from eesd_jax.report import ALL, figure, model_and_machine, table
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list("prompts", None, "Files of prompts, each with a part of its own in the report.")

@@ -31,13 +31,15 @@ from stand_in import untrained_drafter
 from work import Work, work_of_parts
 
 import eesd_jax
-from eesd_jax import cli, control, cost_table, report
+from eesd_jax import cli
+from eesd_jax.bench import report
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
-from eesd_jax.decode import verify
+from eesd_jax.decode import accept, control
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
 from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import DecodeState
-from eesd_jax.engine import Engine
+from eesd_jax.engine import timing
+from eesd_jax.engine.engine import Engine
 from eesd_jax.model import cache as kv
 from eesd_jax.model import exit_branch, llama
 
@@ -90,7 +92,7 @@ def wait_for(value_B: jax.Array, result: jax.Array) -> jax.Array:
 class Parts:
     """Loops over the parts of a round; each takes the state and how often, and returns the state.
 
-    They are what `decode/speculative.py` does, without what ties it together.
+    They are what `decode/round.py` does, without what ties it together.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling):
@@ -134,7 +136,7 @@ class Parts:
         length = wait_for(wait_for(state.length, confidence_B), draw.probs)
         return state._replace(length=length, draft=state.draft._replace(exit_cache=exit_cache))
 
-    def verify(self, width: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
+    def accept(self, width: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
         """Blocks N+1..L on `width` hidden states, the head, and acceptance; keys and values of the exit block."""
         depth, cache, start_B = self.draft.exit_layer, state.cache, state.length - 1
         batch = start_B.size
@@ -143,9 +145,9 @@ class Parts:
         _, new_exit = exit_branch.run_exit_block(self.config, branch, h, start_B, None)
         none = jnp.zeros((batch, width - 1), jnp.int32)
         probs = jnp.zeros((batch, width - 1, branch.draft_ids.size), jnp.float32)
-        others = verify.empty_others(batch, width - 1, 0, branch.draft_ids.size)
-        drafts = verify.Drafts(none, jnp.full(batch, width - 1), none, probs, jnp.zeros(batch, bool), others)
-        verdict = verify.accept(state.row_keys, drafts, branch.draft_ids, llama.logits(self.config, params, x), self.sampling)
+        others = accept.empty_others(batch, width - 1, 0, branch.draft_ids.size)
+        drafts = accept.Drafts(none, jnp.full(batch, width - 1), none, probs, jnp.zeros(batch, bool), others)
+        verdict = accept.accept(state.row_keys, drafts, branch.draft_ids, llama.logits(self.config, params, x), self.sampling)
         late = kv.write(kv.KVCache(cache.k[depth:], cache.v[depth:]), new, start_B, after=x)
         exit_cache = kv.write(state.draft.exit_cache, new_exit, start_B, after=x)
         length = wait_for(state.length, verdict.token.astype(jnp.float32))
@@ -195,7 +197,7 @@ class Sample(NamedTuple):
     bare: float
     early: float
     exit: float
-    verify: float
+    accept: float
     decisions: float
 
     def parts(self, drafts: int) -> float:
@@ -207,7 +209,7 @@ def made_up_controller(name: str, max_draft: int) -> Controller:
     """The controller of that name; `forced` for one that computes nothing."""
     if name == "forced":
         return Fixed(0)
-    costs = cost_table.RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
+    costs = timing.RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
     spec = control.parse_controller(name, max_draft)
     return control.build_controller(spec, ControllerConfig(), Calibration(), costs)
 
@@ -215,7 +217,7 @@ def made_up_controller(name: str, max_draft: int) -> Controller:
 def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeats: int) -> dict[tuple[str, int], list[Sample]]:
     """Samples of rounds under each controller with each number of drafts, one a repeat."""
     draft, parts = engine.drafter.draft, Parts(engine, greedy(batch)).loops()
-    prompts = [list(range(1, cost_table.PROMPT_TOKENS + 1))] * batch
+    prompts = [list(range(1, timing.PROMPT_TOKENS + 1))] * batch
     budget = max(engine.decode_config.max_new_tokens, steps * (draft.max_draft + 1) + 1)
     controllers = {name: made_up_controller(name, draft.max_draft) for name in names}
     ask = jax.jit(controller_loop, static_argnums=(0, 2))
@@ -286,7 +288,7 @@ def main(argv: Sequence[str]) -> None:
     header += ("round / sum", "round / bare")
     print(report.table(header, lines))
     bandwidth, draft = read_bandwidth(), engine.drafter.draft
-    works = work_of_parts(model.config, draft, engine.params, engine.branch, FLAGS.batch_size, cost_table.PROMPT_TOKENS)
+    works = work_of_parts(model.config, draft, engine.params, engine.branch, FLAGS.batch_size, timing.PROMPT_TOKENS)
     parts = part_rows(samples, works, draft, bandwidth)
     header = ("part", "MB", "MFLOP", f"ms at least, at {bandwidth / 1e9:.1f} GB/s", "ms", "of that", "GFLOP/s")
     lines = []

@@ -4,7 +4,7 @@ import numpy as np
 
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.drafter import Drafter
+from eesd_jax.engine.drafter import Drafter
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights.load import LoadedModel
 

@@ -23,14 +23,15 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from eesd_jax import cli, report
+from eesd_jax import cli
+from eesd_jax.bench import report
 from eesd_jax.config import ExperimentConfig
 from eesd_jax.distill import examples
 from eesd_jax.distill.layout import make_layout
 from eesd_jax.distill.monitor import Monitor
 from eesd_jax.distill.teacher import FeatureCache
 from eesd_jax.distill.trainer import Run
-from eesd_jax.engine import use_compilation_cache
+from eesd_jax.engine.engine import use_compilation_cache
 from eesd_jax.errors import UserError
 from eesd_jax.weights.branch_folder import config_hash
 from eesd_jax.weights.load import LoadedModel, load_model

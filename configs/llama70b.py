@@ -36,7 +36,7 @@ docs/plan.md, for 197 M tokens, from data sheets; * by arithmetic, not compiled.
 
 from ml_collections import ConfigDict
 
-from eesd_jax.experiment import base_config
+from eesd_jax.distill.experiment import base_config
 
 
 def get_config() -> ConfigDict:

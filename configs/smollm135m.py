@@ -30,7 +30,7 @@ were accepted, and rounds gave 1.24 and 1.25 tokens; with the branch that ships,
 
 from ml_collections import ConfigDict
 
-from eesd_jax.experiment import base_config
+from eesd_jax.distill.experiment import base_config
 
 
 def get_config() -> ConfigDict:

@@ -11,7 +11,7 @@ round of 4 drafts.
 
 from ml_collections import ConfigDict
 
-from eesd_jax.experiment import base_config
+from eesd_jax.distill.experiment import base_config
 
 
 def get_config() -> ConfigDict:

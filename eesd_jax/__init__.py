@@ -8,13 +8,13 @@ from eesd_jax.errors import UserError
 from eesd_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
-    from eesd_jax.engine import Engine, load
-    from eesd_jax.generation import Generation
+    from eesd_jax.engine.engine import Engine, load
+    from eesd_jax.engine.generation import Generation
 
 __all__ = ["DecodeConfig", "Engine", "Generation", "ModelConfig", "SamplingConfig", "UserError", "load"]
 
 # Loaded when first asked for: JAX and transformers take seconds, which a command with a mistake in its flags should not.
-_LAZY = {"Engine": "eesd_jax.engine", "load": "eesd_jax.engine", "Generation": "eesd_jax.generation"}
+_LAZY = {"Engine": "eesd_jax.engine.engine", "load": "eesd_jax.engine.engine", "Generation": "eesd_jax.engine.generation"}
 
 
 def __getattr__(name: str) -> Any:

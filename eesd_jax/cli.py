@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from absl import app, flags
 from absl import logging as absl_logging
 
-from eesd_jax import control
 from eesd_jax.config import (
     ARMS,
     DEFAULT_CONTROLLER,
@@ -33,6 +32,7 @@ from eesd_jax.config import (
     SamplingConfig,
     check_quantize,
 )
+from eesd_jax.decode import control
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # JAX and transformers take seconds, so they are imported whe
     from jax.sharding import Mesh
 
     from eesd_jax.decode.controllers import Controller
-    from eesd_jax.engine import Engine
+    from eesd_jax.engine.engine import Engine
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that it misses PyTorch, which nothing here needs
 
@@ -144,7 +144,7 @@ def start_distributed(settings: dict[str, Any]) -> None:
     tasks = max(int(environment.get(name) or 1) for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "MEGASCALE_NUM_SLICES"))
     if not present and len(workers) == 1 and tasks == 1:
         return
-    from eesd_jax import processes
+    from eesd_jax.cluster import processes
 
     try:
         processes.join(settings, FLAGS.join_timeout, **(given if present else {}))
@@ -226,7 +226,7 @@ def load_from_flags() -> "Engine":
     # Who asks for plain decoding needs no branch, and no warning that there is none.
     exit_branch = "none" if (FLAGS.exit_branch, FLAGS.controller) == ("auto", control.PLAIN) else FLAGS.exit_branch
     with warnings.catch_warnings(record=True) as caught, notice(f"loading {FLAGS.model} ..."):
-        from eesd_jax.engine import load
+        from eesd_jax.engine.engine import load
 
         warnings.simplefilter("always", UserWarning)
         engine = load(
@@ -345,7 +345,7 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
             _print_help(command)
         try:
             if "config" in FLAGS:
-                from eesd_jax.experiment import check_config_arguments
+                from eesd_jax.distill.experiment import check_config_arguments
 
                 check_config_arguments(argv[1:])
             rest = FLAGS(argv)
@@ -417,8 +417,8 @@ def _fail(message: str) -> NoReturn:
 
 
 def _processes() -> types.ModuleType | None:
-    """`eesd_jax.processes` where it is in use; it imports JAX."""
-    return sys.modules.get("eesd_jax.processes")
+    """`eesd_jax.cluster.processes` where it is in use; it imports JAX."""
+    return sys.modules.get("eesd_jax.cluster.processes")
 
 
 def several_processes() -> bool:

@@ -143,7 +143,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProcessesConfig:
-    """Patience with the other processes of a run, in seconds (`processes.py`).
+    """Patience with the other processes of a run, in seconds (`cluster/processes.py`).
 
     join: until all have come. exchange: for what each says of itself. shared: for a file of process 0 to be seen by all.
     """
@@ -155,7 +155,7 @@ class ProcessesConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LifelineConfig:
-    """Patience with processes that end, in seconds (`lifeline.py`).
+    """Patience with processes that end, in seconds (`cluster/lifeline.py`).
 
     connect: for a connection. grace: to say the same mistake oneself. keepalive: silence of a machine before it is asked, seconds between
     questions, and how many may stay without an answer.
@@ -193,7 +193,7 @@ class SelfGenerateConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RefillConfig:
-    """Shapes and pacing of generation with refilled rows (`distill/refill.py`).
+    """Shapes and pacing of generation with refilled rows (`engine/scheduler.py`).
 
     prompt_buckets: prompts are padded to one of these; longer ones to a multiple of the last. cache_buckets: how much room the caches have
     for the prompt; requests of one such bucket run together. chunk: steps between two looks at which rows are finished.
@@ -358,7 +358,7 @@ class CheckpointConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ExperimentConfig:
-    """One experiment: a file in `configs/` (see `eesd_jax/experiment.py`).
+    """One experiment: a file in `configs/` (see `eesd_jax/distill/experiment.py`).
 
     model: as for --model. dtype: of the trunk; empty for float32 on CPU and bfloat16 elsewhere. The branch is trained in float32.
     quantize: of the trunk's matrices: none, int8 or int4; text is then written, and the branch made, for the quantised target.

@@ -16,11 +16,12 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress
 
-from eesd_jax import cli, control
+from eesd_jax import cli
+from eesd_jax.bench.record import Journal
 from eesd_jax.config import DEFAULT_CONTROLLER, NOT_QUANTIZED
+from eesd_jax.decode import control
+from eesd_jax.engine.prompts import Conversation, read_prompts
 from eesd_jax.errors import UserError
-from eesd_jax.journal import Journal
-from eesd_jax.prompts import Conversation, read_prompts
 
 FLAGS = flags.FLAGS
 flags.DEFINE_list(
@@ -45,17 +46,18 @@ def main(argv: Sequence[str]) -> None:
     folder = pathlib.Path(FLAGS.output_dir).expanduser()
     engine = cli.load_from_flags()
 
-    from eesd_jax import benchmark, cost_table, report
-    from eesd_jax.conversations import check_prompts
+    from eesd_jax.bench import report, run
+    from eesd_jax.engine import timing
+    from eesd_jax.engine.conversations import check_prompts
 
     chat = engine.has_chat_template if FLAGS.chat is None else FLAGS.chat
     check_prompts(engine, conversations, chat, FLAGS.prompts)
-    batches = benchmark.make_batches(conversations, FLAGS.batch_size)
+    batches = run.make_batches(conversations, FLAGS.batch_size)
     batch_size = max(len(batch.conversations) for batch in batches)
     settings = flag_settings(names, conversations) | {"batch_size": batch_size, "chat": chat}
-    settings |= benchmark.describe_drafter(engine) | benchmark.describe_machine(engine)
+    settings |= run.describe_drafter(engine) | run.describe_machine(engine)
     if FLAGS.ignore_eos:
-        engine = cost_table.endless(engine)
+        engine = timing.endless(engine)
     journal = Journal(folder / "runs.jsonl", settings)
     notes = []
     if len(names) > 1 and engine.drafter.branch is not None and not engine.drafter.trained:
@@ -64,13 +66,13 @@ def main(argv: Sequence[str]) -> None:
     controllers = {name: cli.build_controller(engine, name, batch_size) for name in names}
     if len(names) > 1 and journal.costs is None:
         with cli.notice("timing rounds ..."):
-            journal.append("costs", benchmark.measure_costs(engine, batch_size)._asdict())
-    options = benchmark.Options(cli.sampling_from_flags(), batch_size, FLAGS.seed, tuple(FLAGS.stop), chat)
+            journal.append("costs", run.measure_costs(engine, batch_size)._asdict())
+    options = run.Options(cli.sampling_from_flags(), batch_size, FLAGS.seed, tuple(FLAGS.stop), chat)
     with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True, disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task("benchmark", total=sum(batch.turns for batch in batches) * len(names))
-        for _ in benchmark.run_all(engine, batches, controllers, options, journal, cli.warn):
+        for _ in run.run_all(engine, batches, controllers, options, journal, cli.warn):
             progress.advance(task)
-    results = {"machine": benchmark.describe_machine(engine), "model": model_name(), "notes": notes} | report.results(journal)
+    results = {"machine": run.describe_machine(engine), "model": model_name(), "notes": notes} | report.results(journal)
     write(folder, results, journal)
     print(report.summary(results["rows"]))
     print(f"[results.json, table.md and plots are in {FLAGS.output_dir}]", file=sys.stderr)
@@ -95,7 +97,7 @@ def check_flags() -> list[str]:
 
 def flag_settings(names: Sequence[str], conversations: Sequence[Conversation]) -> dict[str, Any]:
     """What the flags say that the results depend on."""
-    from eesd_jax.benchmark import prompts_sha256
+    from eesd_jax.bench.run import prompts_sha256
 
     flag_names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mesh", "ignore_eos")
     return {
@@ -117,7 +119,7 @@ def model_name() -> str:
 
 def write(folder: pathlib.Path, results: dict[str, Any], journal: Journal) -> None:
     """Writes every file of the output folder, each under its name only when it is complete."""
-    from eesd_jax import plots, report
+    from eesd_jax.bench import plots, report
 
     for name, png in plots.draw_all(results["rows"], journal.runs()).items():
         with cli.whole_file(folder / name) as file:

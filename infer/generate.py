@@ -23,16 +23,17 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress
 
-from eesd_jax import cli, control
+from eesd_jax import cli
 from eesd_jax.config import DEFAULT_CONTROLLER
-from eesd_jax.conversations import check_prompts, encode
+from eesd_jax.decode import control
+from eesd_jax.engine.conversations import check_prompts, encode
+from eesd_jax.engine.generation import Generation, Rounds
+from eesd_jax.engine.prompts import Conversation, is_text, read_prompts
 from eesd_jax.errors import UserError
-from eesd_jax.generation import Generation, Rounds
-from eesd_jax.prompts import Conversation, is_text, read_prompts
 
 if TYPE_CHECKING:  # see cli.py
     from eesd_jax.decode.controllers import Controller
-    from eesd_jax.engine import Engine, Messages
+    from eesd_jax.engine.engine import Engine, Messages
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("prompt", None, "A single prompt. Without --prompt and --prompts, a chat is opened.")

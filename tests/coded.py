@@ -10,10 +10,11 @@ from gguf import GGMLQuantizationType as GGMLType
 
 from eesd_jax.config import DecodeConfig, DraftConfig
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.drafter import Drafter
-from eesd_jax.engine import Engine
-from eesd_jax.model import cpu_codes, llama
-from eesd_jax.model.cpu_codes import Codes
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.engine import Engine
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.model import llama
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights.load import load_model
 

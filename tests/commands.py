@@ -18,7 +18,8 @@ import jax
 import pytest
 from absl import flags
 
-from eesd_jax import cli, experiment
+from eesd_jax import cli
+from eesd_jax.distill import experiment
 
 ROOT = pathlib.Path(__file__).parent.parent
 _CACHE_SETTINGS = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")

@@ -24,9 +24,9 @@ def programs_of_a_module():
 @pytest.fixture(params=["this machine's", "narrow"])
 def registers(request, monkeypatch):
     """Kernels as they are compiled for this machine, and as for one without AVX-512."""
-    from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_rows
+    from eesd_jax.kernels.cpu import attention, calls, codes, rows
 
     if request.param == "narrow":
-        monkeypatch.setattr(cpu_calls, "registers", lambda: cpu_calls.Registers(lanes=8, rows=2))
-        for kernel in (cpu_attention, cpu_codes, cpu_rows):
+        monkeypatch.setattr(calls, "registers", lambda: calls.Registers(lanes=8, rows=2))
+        for kernel in (attention, codes, rows):
             monkeypatch.setattr(kernel, "TARGET", f"{kernel.TARGET}_narrow")

@@ -18,15 +18,18 @@ import pytest
 import tiny
 from absl import flags
 
-from eesd_jax import benchmark, cli, cost_table, journal
+from eesd_jax import cli
+from eesd_jax.bench import record as journal
+from eesd_jax.bench import run as benchmark
 from eesd_jax.config import DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
-from eesd_jax.drafter import Drafter
-from eesd_jax.engine import Engine
-from eesd_jax.generation import Generation, Rounds
+from eesd_jax.engine import timing
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.generation import Generation, Rounds
+from eesd_jax.engine.prompts import Conversation
 from eesd_jax.model import llama
 from eesd_jax.model.exit_branch import init_exit_branch
-from eesd_jax.prompts import Conversation
 
 COSTS = journal.Costs(1.0, (1.1, 1.5, 2.0))
 RECORDS = [
@@ -438,7 +441,7 @@ class SlowEngine(Engine):
 
 
 def test_the_plain_step_is_priced_relative_to_a_round(engine, monkeypatch):
-    monkeypatch.setattr(cost_table, "round_costs", lambda engine, batch: cost_table.RoundCosts((6.0, 7.0, 8.0), (6.0, 6.5, 7.0)))
+    monkeypatch.setattr(timing, "round_costs", lambda engine, batch: timing.RoundCosts((6.0, 7.0, 8.0), (6.0, 6.5, 7.0)))
     costs = benchmark.measure_costs(SlowEngine(engine.model, engine.decode_config, engine.drafter), 1)
     assert (costs.rounds, costs.look_up) == ((6.0, 7.0, 8.0), (6.0, 6.5, 7.0))
     assert costs.plain == pytest.approx(4.0, rel=0.3)

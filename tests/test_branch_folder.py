@@ -20,7 +20,8 @@ from safetensors.numpy import load_file, save_file
 import eesd_jax
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_codes, llama, sharding
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.model import llama, sharding
 from eesd_jax.model.config import ModelConfig, RopeConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights import branch_folder, hub
@@ -458,7 +459,7 @@ def test_load_without_a_branch(model):
 
 
 def test_a_wrong_branch_is_refused_before_the_model_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(eesd_jax.engine, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(eesd_jax.engine.engine, "load_model", lambda *_: pytest.fail("the model was loaded"))
     with pytest.raises(UserError, match="no such folder"):
         eesd_jax.load(exit_branch="/no/such/folder")
     write(tmp_path)
@@ -475,7 +476,7 @@ def test_a_wrong_branch_is_refused_before_the_model_is_read(tmp_path, monkeypatc
 
 def test_auto_takes_the_branch_that_this_package_carries(tmp_path, monkeypatch):
     monkeypatch.setattr(branch_folder, "SHIPPED", tmp_path)
-    monkeypatch.setattr(eesd_jax.engine, "load_model", lambda *_: tiny.loaded_model())
+    monkeypatch.setattr(eesd_jax.engine.engine, "load_model", lambda *_: tiny.loaded_model())
     branch, _ = write(tmp_path / "you--tiny")
     assert_equal(eesd_jax.load("you/tiny").drafter.branch, branch)
     with pytest.warns(UserWarning, match="'you/other': drafts come from lookup alone"):
@@ -486,7 +487,7 @@ def test_auto_leaves_the_branch_out_beside_lookup_where_weights_are_codes(tmp_pa
     monkeypatch.setattr(branch_folder, "SHIPPED", tmp_path)
     target = tiny.loaded_model()
     codes = {"blocks": ({},) * target.config.num_layers}
-    monkeypatch.setattr(eesd_jax.engine, "load_model", lambda *_: target._replace(codes=codes))
+    monkeypatch.setattr(eesd_jax.engine.engine, "load_model", lambda *_: target._replace(codes=codes))
     branch, _ = write(tmp_path / "you--tiny")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

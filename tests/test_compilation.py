@@ -7,12 +7,13 @@ import pytest
 import tiny
 
 import eesd_jax
-from eesd_jax import DecodeConfig, Engine, SamplingConfig, cost_table
+from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import ControllerConfig
-from eesd_jax.control import build_controller, parse_controller
-from eesd_jax.cost_table import RoundCosts
-from eesd_jax.decode.arms import Arms
+from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.decode.sources.bandit import Arms
+from eesd_jax.engine import timing
+from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.model.sharding import make_mesh
@@ -91,7 +92,7 @@ def test_what_measures_costs_and_other_numbers_are_the_same_program(lm: Engine):
     """Lengths, thresholds and costs are arguments; only a controller that is no pytree is compiled in."""
     plain = answer(lm, None)
     with compiled.programs() as counts:
-        costs = cost_table.measure(lm, 2)
+        costs = timing.measure(lm, 2)
         assert len(costs.exit) == len(costs.look_up) == 2
         assert answer(lm, controller("cost_aware", costs)) == answer(lm, controller("cost_aware")) == plain
         assert counts["_decode_speculative"] == 1

@@ -7,14 +7,16 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from eesd_jax import DecodeConfig, Engine, UserError, control, cost_table
+from eesd_jax import DecodeConfig, Engine, UserError
 from eesd_jax.config import ControllerConfig, DraftConfig
-from eesd_jax.control import ControllerSpec, build_controller, parse_controller
-from eesd_jax.cost_table import RoundCosts
-from eesd_jax.decode.arms import Arms
+from eesd_jax.decode import control
+from eesd_jax.decode.control import ControllerSpec, build_controller, parse_controller
 from eesd_jax.decode.controllers import Beta, Calibrated, Calibration, CostAware, Fixed, Threshold
-from eesd_jax.drafter import Drafter
-from eesd_jax.model.cpu_codes import Codes
+from eesd_jax.decode.sources.bandit import Arms
+from eesd_jax.engine import timing
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.timing import RoundCosts
+from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.model.exit_branch import init_exit_branch
 
 # --- Names ---
@@ -142,7 +144,7 @@ def measurements(monkeypatch) -> list[int]:
         seconds = tuple(len(batches) + length / 7 for length in range(draft.max_draft + 1))
         return RoundCosts(seconds, tuple(second + 0.5 for second in seconds) if draft.longest_match else ())
 
-    monkeypatch.setattr(cost_table, "measure", measure)
+    monkeypatch.setattr(timing, "measure", measure)
     return batches
 
 
@@ -151,7 +153,7 @@ def test_costs_are_those_of_a_quiet_machine_though_it_is_not():
     slower = [1.0, 3.0, 1.0, 2.0, 1.0]  # each repeat as a whole
     times = [[factor * seconds for seconds in quiet] for factor in slower]
     times[2] = [1.0, 9.0, 1.5, 1.0]  # and one of its rounds
-    assert cost_table.combine(order, times) == pytest.approx({0: 1.0, 1: 1.2, -2: 1.5})
+    assert timing.combine(order, times) == pytest.approx({0: 1.0, 1: 1.2, -2: 1.5})
 
 
 def test_rounds_that_one_width_holds_are_timed_once(monkeypatch):
@@ -159,25 +161,25 @@ def test_rounds_that_one_width_holds_are_timed_once(monkeypatch):
     assert draft.widths == (1, 2, 4, 7)
     engine, timed, state = fake_engine(draft=draft), [], jnp.zeros(())
     engine.prefill, engine.decode = lambda *args: state, lambda state, sampling, controller, steps: timed.append(controller.forced) or state
-    monkeypatch.setattr(cost_table, "endless", lambda engine: engine)
-    monkeypatch.setattr(cost_table, "combine", lambda order, times: {length: 1.0 - length / 10 for length in order})
-    costs = cost_table.measure(engine, 1)
+    monkeypatch.setattr(timing, "endless", lambda engine: engine)
+    monkeypatch.setattr(timing, "combine", lambda order, times: {length: 1.0 - length / 10 for length in order})
+    costs = timing.measure(engine, 1)
     assert costs.exit == (1.0,) * 7
     assert costs.look_up == (1.0, 1.1, 1.3, 1.3, 1.6, 1.6, 1.6)
     assert set(timed) == {0, -1, -3, -6}
 
 
 def test_costs_are_measured_once_and_kept_to_the_last_digit(folder, measurements):
-    first = cost_table.round_costs(fake_engine(), 1)
+    first = timing.round_costs(fake_engine(), 1)
     assert first == RoundCosts((1.0, 1 + 1 / 7, 1 + 2 / 7), ())
-    assert cost_table.round_costs(fake_engine(), 1) == first
+    assert timing.round_costs(fake_engine(), 1) == first
     assert measurements == [1]
     (file,) = folder.iterdir()
     assert json.loads(file.read_text())["exit"] == list(first.exit)
     with_lookup = fake_engine(draft=DraftConfig(1, 2, (), longest_match=3))
-    costs = cost_table.round_costs(with_lookup, 1)
+    costs = timing.round_costs(with_lookup, 1)
     assert costs.look_up == (2.5, 2.5 + 1 / 7, 2.5 + 2 / 7)
-    assert cost_table.round_costs(with_lookup, 1) == costs
+    assert timing.round_costs(with_lookup, 1) == costs
     assert measurements == [1, 1]
 
 
@@ -207,12 +209,12 @@ def test_costs_are_measured_once_and_kept_to_the_last_digit(folder, measurements
     ],
 )
 def test_a_file_that_holds_no_costs_is_measured_again_and_replaced(folder, measurements, content: bytes):
-    cost_table.round_costs(fake_engine(), 1)
+    timing.round_costs(fake_engine(), 1)
     (file,) = folder.iterdir()
     file.write_bytes(content)
-    again = cost_table.round_costs(fake_engine(), 1)
+    again = timing.round_costs(fake_engine(), 1)
     assert measurements == [1, 1]
-    assert cost_table.round_costs(fake_engine(), 1) == again
+    assert timing.round_costs(fake_engine(), 1) == again
     assert measurements == [1, 1]
     assert list(folder.iterdir()) == [file]
 
@@ -224,7 +226,7 @@ def test_a_write_that_breaks_off_leaves_nothing(folder, measurements, monkeypatc
 
     monkeypatch.setattr("pathlib.Path.write_text", half)
     with pytest.warns(UserWarning, match="no space left"):
-        assert cost_table.round_costs(fake_engine(), 1).exit == (1.0, 1 + 1 / 7, 1 + 2 / 7)
+        assert timing.round_costs(fake_engine(), 1).exit == (1.0, 1 + 1 / 7, 1 + 2 / 7)
     assert list(folder.iterdir()) == []
 
 
@@ -232,7 +234,7 @@ def test_a_folder_that_cannot_be_made_is_warned_of(folder, measurements):
     folder.parent.parent.mkdir(exist_ok=True)
     folder.parent.write_text("a file where the cache folder should be")
     with pytest.warns(UserWarning, match="measured at every start"):
-        cost_table.round_costs(fake_engine(), 1)
+        timing.round_costs(fake_engine(), 1)
     assert measurements == [1]
 
 
@@ -252,11 +254,11 @@ def test_whatever_changes_the_cost_is_measured_on_its_own(folder, measurements):
         (coded, 1),
     ]
     for engine, batch in [(fake_engine(), 1), *others]:
-        cost_table.round_costs(engine, batch)
+        timing.round_costs(engine, batch)
     assert len(measurements) == 1 + len(others)
     assert len(list(folder.iterdir())) == 1 + len(others)
     # A budget that ends in the same bucket is the same cost.
-    cost_table.round_costs(fake_engine(options=DecodeConfig(max_new_tokens=DecodeConfig.max_new_tokens - 1)), 1)
+    timing.round_costs(fake_engine(options=DecodeConfig(max_new_tokens=DecodeConfig.max_new_tokens - 1)), 1)
     assert len(measurements) == 1 + len(others)
 
 
@@ -281,7 +283,7 @@ def test_a_real_engine_is_timed_and_its_controller_drafts_by_what_was_found(fold
 
 
 def test_without_a_word_about_control_what_can_draft_does(monkeypatch):
-    monkeypatch.setattr(cost_table, "round_costs", lambda engine, batch: RoundCosts((1.0,) * 3, (1.0,) * 3))
+    monkeypatch.setattr(timing, "round_costs", lambda engine, batch: RoundCosts((1.0,) * 3, (1.0,) * 3))
     model, options = tiny.loaded_model(num_hidden_layers=2), {"prompts": [[5, 6, 7, 5, 6]], "seeds": [0], "max_new_tokens": 8}
     drafter = Drafter(None, DraftConfig(0, max_draft=2, longest_match=2), Calibration(), trained=False)
     engine, without = Engine(model, drafter=drafter), Engine(model)

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
+from eesd_jax.kernels.cpu import attention, calls
 from eesd_jax.model import cache as kv
-from eesd_jax.model import cpu_attention, cpu_calls, llama
+from eesd_jax.model import llama
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel for CPUs")
 
@@ -42,7 +43,7 @@ def attend(q, k, v, starts, window, slots: int) -> jax.Array:
         new_k[b], new_v[b] = k[b, :, start : start + tokens], v[b, :, start : start + tokens]
     arguments = (q, new_k.swapaxes(2, 3), new_v, old_k.swapaxes(2, 3), old_v, np.array(starts, np.int32))
     # A function of its own, so that nothing traced with other registers is used.
-    call = jax.jit(lambda *arguments: cpu_attention.cached_attention(*arguments, window))
+    call = jax.jit(lambda *arguments: attention.cached_attention(*arguments, window))
     return call(*(jnp.asarray(array) for array in arguments))
 
 
@@ -103,13 +104,13 @@ def test_no_number_hides_one_that_is_none():
 
 def test_other_sizes_dtypes_and_meshes_are_left_to_xla():
     q, cached = jnp.zeros((1, 1, 2, 16)), jnp.zeros((1, 1, 16, 32))
-    assert cpu_attention.usable(q, cached, None)
-    assert not cpu_attention.usable(jnp.zeros((1, 1, 2, 12)), cached, None)
-    assert not cpu_attention.usable(q, cached[..., :30], None)
-    assert not cpu_attention.usable(q.astype(jnp.bfloat16), cached, None)
-    assert not cpu_attention.usable(q, cached, jnp.int32(4))
-    with cpu_calls.on_mesh(True):
-        assert not cpu_attention.usable(q, cached, None)
+    assert attention.usable(q, cached, None)
+    assert not attention.usable(jnp.zeros((1, 1, 2, 12)), cached, None)
+    assert not attention.usable(q, cached[..., :30], None)
+    assert not attention.usable(q.astype(jnp.bfloat16), cached, None)
+    assert not attention.usable(q, cached, jnp.int32(4))
+    with calls.on_mesh(True):
+        assert not attention.usable(q, cached, None)
 
 
 def test_decoding_passes_use_it_and_agree_with_xla():
@@ -122,8 +123,8 @@ def test_decoding_passes_use_it_and_agree_with_xla():
     def run(x: jax.Array) -> jax.Array:
         return llama.forward_blocks(config, params["blocks"], x, start, cache, range(1))[0]
 
-    assert cpu_attention.TARGET in jax.jit(run).lower(x).as_text()
+    assert attention.TARGET in jax.jit(run).lower(x).as_text()
     ours = run(x)
-    with cpu_calls.on_mesh(True):
-        assert cpu_attention.TARGET not in jax.jit(lambda x: run(x)).lower(x).as_text()
+    with calls.on_mesh(True):
+        assert attention.TARGET not in jax.jit(lambda x: run(x)).lower(x).as_text()
         np.testing.assert_allclose(ours, run(x), rtol=1e-5, atol=1e-5)

@@ -12,8 +12,10 @@ import pytest
 import tiny
 from gguf import GGMLQuantizationType as GGMLType
 
-from eesd_jax.model import cpu_calls, cpu_codes, cpu_integers, cpu_rows
-from eesd_jax.model.cpu_codes import Codes
+from eesd_jax.kernels.cpu import calls, integers
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu import rows as cpu_rows
+from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.model.exit_branch import with_codes
 from eesd_jax.weights.gguf import GGUFSource
 from eesd_jax.weights.load import load_model
@@ -59,7 +61,7 @@ def test_other_sizes_are_left_to_others():
     assert not cpu_codes.usable(cpu_rows.MAX_ROWS + 1, codes)
     assert not cpu_codes.usable(1, None)
     assert not cpu_codes.usable(1, jax.tree.map(lambda array: array[:6], codes))
-    with cpu_calls.on_mesh(True):
+    with calls.on_mesh(True):
         assert not cpu_codes.usable(1, codes)
 
 
@@ -111,7 +113,7 @@ def test_codes_of_blocks_of_256(tmp_path):
 def engines(tmp_path_factory):
     """A model of a file of codes, reading the codes, and reading the float32 weights."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cpu_integers, "kernel", lambda: None)
+        patch.setattr(integers, "kernel", lambda: None)
         return coded.engines(tmp_path_factory.mktemp("model"))
 
 

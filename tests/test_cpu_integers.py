@@ -6,11 +6,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eesd_jax.model import cpu_calls, cpu_codes, cpu_dots, cpu_integers, cpu_rows, cpu_tiles
-from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_integers import Integers
+from eesd_jax.kernels.cpu import calls, dots, integers, tiles
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu import rows as cpu_rows
+from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.kernels.cpu.integers import Integers
 
-KERNELS = [module for module in (cpu_tiles, cpu_dots) if jax.default_backend() == "cpu" and module.available()]
+KERNELS = [module for module in (tiles, dots) if jax.default_backend() == "cpu" and module.available()]
 pytestmark = pytest.mark.skipif(not KERNELS, reason="for processors that multiply integers")
 
 KINDS = ("nibbles", "bytes")
@@ -18,7 +20,7 @@ SHAPES = ((32, 16), (96, 48), (288, 32), (576, 192))  # inputs, outputs
 
 
 def as_integers(codes: Codes) -> Integers:
-    weight = cpu_integers.from_codes(codes)
+    weight = integers.from_codes(codes)
     assert isinstance(weight, Integers)
     return weight
 
@@ -28,8 +30,8 @@ def multiply(x: np.ndarray, weight: Integers) -> np.ndarray:
     products = []
     for kernel in KERNELS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(cpu_integers, "kernel", lambda kernel=kernel: kernel)
-            products.append(np.asarray(jax.jit(lambda *given: cpu_integers.rows_by_integers(*given))(jnp.asarray(x, jnp.float32), weight)))
+            patch.setattr(integers, "kernel", lambda kernel=kernel: kernel)
+            products.append(np.asarray(jax.jit(lambda *given: integers.rows_by_integers(*given))(jnp.asarray(x, jnp.float32), weight)))
     for product in products[1:]:
         np.testing.assert_array_equal(product, products[0])
     return products[0]
@@ -116,10 +118,10 @@ def test_numbers_of_groups_are_halves_where_that_loses_nothing(kind):
 
 def test_other_codes_stay_as_they_are(monkeypatch):
     narrow, _ = coded.weight_of("bytes", 24, 64)
-    assert cpu_integers.from_codes(narrow) is narrow
-    monkeypatch.setattr(cpu_integers, "kernel", lambda: None)
+    assert integers.from_codes(narrow) is narrow
+    monkeypatch.setattr(integers, "kernel", lambda: None)
     codes, _ = coded.weight_of("bytes", 16, 64)
-    assert cpu_integers.from_codes(codes) is codes
+    assert integers.from_codes(codes) is codes
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +139,7 @@ def test_programs_read_integers_alone(engines):
     for rows in (2, cpu_rows.MAX_ROWS + 1):
         program = coded.program(engines[0], rows)
         # Queries, keys and values of a block are one product; so are gate and up.
-        assert program.count(f"call @{cpu_integers.kernel().TARGET}") == 3 * 4 + 1
+        assert program.count(f"call @{integers.kernel().TARGET}") == 3 * 4 + 1
         assert cpu_rows.TARGET not in program and cpu_codes.TARGET not in program
-    with cpu_calls.on_mesh(True):
-        assert cpu_integers.kernel().TARGET not in coded.program(engines[0], 2)
+    with calls.on_mesh(True):
+        assert integers.kernel().TARGET not in coded.program(engines[0], 2)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax.model import cpu_calls, cpu_rows, llama
+from eesd_jax.kernels.cpu import calls
+from eesd_jax.kernels.cpu import rows as cpu_rows
+from eesd_jax.model import llama
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel for CPUs")
 
@@ -68,7 +70,7 @@ def test_decoding_passes_use_it():
         return jax.jit(llama.linear).lower(jnp.ones((1, 2, config.hidden_size)), weight).as_text()
 
     assert cpu_rows.TARGET in program()
-    with cpu_calls.on_mesh(True):
+    with calls.on_mesh(True):
         assert cpu_rows.TARGET not in program()
 
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError, engine
+from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError
+from eesd_jax.engine import engine
 from eesd_jax.model import cache, llama
 from eesd_jax.model.tree import with_others
 

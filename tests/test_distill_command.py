@@ -18,7 +18,7 @@ from experiments import write_dataset
 from eesd_jax.weights import branch_folder, tiny
 
 CONFIG = """
-from eesd_jax.experiment import base_config
+from eesd_jax.distill.experiment import base_config
 
 def get_config():
     config = base_config()
@@ -34,7 +34,7 @@ def get_config():
     return config
 """
 
-BASE = "from eesd_jax.experiment import base_config\n\ndef get_config():\n    config = base_config()\n    {}\n    return config\n"
+BASE = "from eesd_jax.distill.experiment import base_config\n\ndef get_config():\n    config = base_config()\n    {}\n    return config\n"
 
 
 @pytest.fixture(scope="module")

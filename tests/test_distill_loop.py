@@ -18,9 +18,8 @@ import pytest
 from etils import epath
 from experiments import branch_of, make_config, one_device, prepare, read_metrics, write_dataset
 
-from eesd_jax import experiment
 from eesd_jax.config import ExperimentConfig
-from eesd_jax.distill import data, teacher, trainer
+from eesd_jax.distill import data, experiment, teacher, trainer
 from eesd_jax.distill.checks import comparable
 from eesd_jax.distill.monitor import METRICS_NAME, Monitor
 from eesd_jax.errors import UserError

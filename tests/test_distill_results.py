@@ -20,7 +20,7 @@ from eesd_jax.config import DraftConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.distill import evaluation, teacher, trainer
 from eesd_jax.distill.checks import comparable
-from eesd_jax.drafter import Drafter
+from eesd_jax.engine.drafter import Drafter
 from eesd_jax.model import exit_branch
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.load import LoadedModel, load_model

@@ -14,8 +14,9 @@ from eesd_jax.config import ExperimentConfig, MeshConfig
 from eesd_jax.distill import data, step, teacher, trainer
 from eesd_jax.distill.layout import make_layout
 from eesd_jax.errors import UserError
+from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import cache as kv
-from eesd_jax.model import cpu_calls, exit_branch, llama, quantized, sharding
+from eesd_jax.model import exit_branch, llama, quantized, sharding
 
 MESHES = {"data 8": (8, 1, 1), "data 4, fsdp 2": (4, 2, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 MORE_MESHES = {"data 4, tensor 2": (4, 1, 2), "fsdp 2, tensor 4": (1, 2, 4), "fsdp 8": (1, 8, 1), "tensor 8": (1, 1, 8)}
@@ -35,7 +36,7 @@ def first_batch(run: trainer.Run) -> data.Batch:
 
 def one_step(run: trainer.Run) -> tuple[step.TrainState, step.Metrics]:
     batch = run.layout.place(first_batch(run))
-    with cpu_calls.on_mesh(run.layout.mesh.size > 1):
+    with calls.on_mesh(run.layout.mesh.size > 1):
         state, metrics = run.compile_step()(run.initial, trainer.Input(batch, None, {}, 0))
     return jax.device_get(state), jax.device_get(metrics)
 

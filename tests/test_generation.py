@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from eesd_jax.generation import Generation, Rounds
+from eesd_jax.engine.generation import Generation, Rounds
 
 #   round      0  1  2  3
 DRAFTED = (3, 2, 0, 4)

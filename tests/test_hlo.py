@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from eesd_jax import hlo
 from eesd_jax.model import sharding
+from eesd_jax.planning import hlo
 
 
 def mesh_of_eight() -> jax.sharding.Mesh:

@@ -9,7 +9,7 @@ from absl import flags
 
 import eesd_jax
 from eesd_jax import DecodeConfig, Engine, UserError
-from eesd_jax.journal import Journal
+from eesd_jax.bench.record import Journal
 from eesd_jax.model.exit_branch import init_exit_branch
 
 QUESTIONS = ("Why is the sky blue?", "Write a haiku about the sea.", "def fibonacci(n):")

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eesd_jax.model import cpu_calls, llama
+from eesd_jax.kernels.cpu import calls
+from eesd_jax.model import llama
 
 SLOTS, TOKENS = 40, 3
 START = ([0, 1], [3, 5], [5, 4], [6, 10], [11, 2], [20, 21], [37, 40])
@@ -18,7 +19,7 @@ def attend(slots: int, start: list[int], window: int | None) -> jax.Array:
         jax.random.normal(jax.random.key(i), shape)
         for i, shape in enumerate([(2, TOKENS, 4, 8), (2, 2, 8, TOKENS), (2, 2, TOKENS, 8), (2, 2, 8, SLOTS), (2, 2, SLOTS, 8)])
     )
-    with cpu_calls.on_mesh(True):
+    with calls.on_mesh(True):
         run = jax.jit(lambda *arrays: llama.attention(*arrays, jnp.array(start), None, window))
         return run(q, new_k, new_v, k[..., :slots], v[:, :, :slots])
 
@@ -38,7 +39,7 @@ def test_what_is_not_read_may_be_anything(monkeypatch):
     shape = [(1, 1, 2, 8), (1, 1, 8, 1), (1, 1, 1, 8), (1, 1, 8, SLOTS), (1, 1, SLOTS, 8)]
     q, new_k, new_v, k, v = (jnp.ones(size) for size in shape)
     k, v = k.at[..., 10:].set(jnp.nan), v.at[:, :, 10:].set(jnp.nan)
-    with cpu_calls.on_mesh(True):
+    with calls.on_mesh(True):
         run = jax.jit(lambda start: llama.attention(q, new_k, new_v, k, v, start, None, None))
         assert np.isfinite(run(jnp.array([10]))).all()
         assert not np.isfinite(run(jnp.array([11]))).all()

@@ -11,11 +11,11 @@ import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode import lookup
-from eesd_jax.decode.arms import LOOK_DISCOUNT, LOOK_MEAN, LOOK_WEIGHT, Arms, ArmsPlan, expected_tokens
 from eesd_jax.decode.controllers import Beta, Calibration, CostAware, Fixed, Replacements
-from eesd_jax.decode.lookup import Lookup, expected_drafts, look_up
-from eesd_jax.drafter import Drafter
+from eesd_jax.decode.sources import lookup
+from eesd_jax.decode.sources.bandit import LOOK_DISCOUNT, LOOK_MEAN, LOOK_WEIGHT, Arms, ArmsPlan, expected_tokens
+from eesd_jax.decode.sources.lookup import Lookup, expected_drafts, look_up
+from eesd_jax.engine.drafter import Drafter
 from eesd_jax.errors import UserError
 from eesd_jax.model.exit_branch import init_exit_branch
 

@@ -17,9 +17,12 @@ import tiny
 from scipy import stats
 
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode import controllers, loop, ngrams, sampling, speculative, verify
-from eesd_jax.decode.arms import Arms
+from eesd_jax.decode import accept as verify
+from eesd_jax.decode import controllers, loop, sampling
+from eesd_jax.decode import round as speculative
 from eesd_jax.decode.sampling import Sampling
+from eesd_jax.decode.sources import ngrams
+from eesd_jax.decode.sources.bandit import Arms
 from eesd_jax.model import exit_branch, llama
 from eesd_jax.model.tree import Tree
 

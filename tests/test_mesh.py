@@ -11,14 +11,15 @@ import pytest
 import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError
-from eesd_jax import engine as programs
 from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DraftConfig
-from eesd_jax.control import build_controller, parse_controller
-from eesd_jax.cost_table import RoundCosts
-from eesd_jax.decode import ngrams
+from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
-from eesd_jax.drafter import Drafter
-from eesd_jax.model import cpu_calls, exit_branch
+from eesd_jax.decode.sources import ngrams
+from eesd_jax.engine import engine as programs
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.timing import RoundCosts
+from eesd_jax.kernels.cpu import calls
+from eesd_jax.model import exit_branch
 from eesd_jax.model.sharding import make_mesh
 from eesd_jax.weights.load import LoadedModel, load_params
 
@@ -106,7 +107,7 @@ def decode_program(engine: Engine, controller: Controller | None) -> tuple[str, 
     state = engine.prefill(PROMPTS, [0, 1], 2, 20, controller)
     settings = programs._sampling_arrays(SamplingConfig(), 2, engine.rows_home)
     model, rest = engine.model, (settings, state, jnp.int32(4))
-    with cpu_calls.on_mesh(True):
+    with calls.on_mesh(True):
         if controller is None:
             lowered = programs._decode_plain.lower(model.config, jnp.zeros(1, jnp.int32), engine.params, *rest)
         else:

@@ -13,13 +13,13 @@ from safetensors.numpy import save_file
 
 import eesd_jax
 from eesd_jax.config import DecodeConfig, DraftConfig
-from eesd_jax.decode import ngrams
-from eesd_jax.decode.arms import Arms
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.decode.lookup import Lookup
+from eesd_jax.decode.sources import ngrams
+from eesd_jax.decode.sources.bandit import Arms
+from eesd_jax.decode.sources.lookup import Lookup
 from eesd_jax.distill import examples
-from eesd_jax.drafter import Drafter
-from eesd_jax.engine import Engine
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.engine import Engine
 from eesd_jax.errors import UserError
 from eesd_jax.weights import ngram_file
 from eesd_jax.weights.load import load_text

@@ -18,15 +18,16 @@ import pytest
 from commands import ROOT, assert_refused
 from experiments import make_config, write_dataset
 
-from eesd_jax import arithmetic, control, estimates, experiment, hlo, needs, plan, recommend, slices
+from eesd_jax.cluster.hardware import Chip
 from eesd_jax.config import DecodeConfig, DraftConfig, MeshConfig
+from eesd_jax.decode import control
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.distill import layout, trainer
-from eesd_jax.drafter import Drafter
-from eesd_jax.engine import Engine
+from eesd_jax.distill import experiment, layout, trainer
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.engine import Engine
 from eesd_jax.errors import UserError
-from eesd_jax.hardware import Chip
 from eesd_jax.model import exit_branch, sharding
+from eesd_jax.planning import counts, estimates, hlo, needs, programs, recommend, slices
 from eesd_jax.weights import known, load
 
 # What is planned is what would run ------------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def test_the_step_is_the_trainers(tmp_path, draft_vocab, train_head):
     config = small(tmp_path)
     config = dataclasses.replace(config, branch=dataclasses.replace(config.branch, draft_vocab=draft_vocab, train_head=train_head))
     write_dataset(tmp_path / "dataset")
-    planned = plan.compile_distill(config, known.find_config("tiny"), jax.devices())
+    planned = programs.compile_distill(config, known.find_config("tiny"), jax.devices())
     where = layout.make_layout(config)
     with trainer.cpu_calls.on_mesh(True):
         run = trainer.Run(config, tmp_path, where, load.load_model("tiny", jnp.float32, where.mesh))
@@ -66,7 +67,7 @@ def test_memory_by_kind_is_what_xla_is_given(tmp_path):
     """With neither shared nor unused arrays (but for the rows' numbers), kinds add up to the arguments; the checkpoint is a copy."""
     config = small(tmp_path)
     config = dataclasses.replace(config, branch=dataclasses.replace(config.branch, draft_vocab=56))
-    program = plan.compile_distill(config, known.find_config("tiny"), jax.devices())
+    program = programs.compile_distill(config, known.find_config("tiny"), jax.devices())
     stats, found = program.compiled.memory_analysis(), needs.memory(program)
     numbers_of_rows = 4 * config.batch_size // 4  # int32, over data x fsdp
     copy = found.held["copy for the checkpoint"]
@@ -81,7 +82,7 @@ def test_rows_stay_apart(tmp_path):
 
     def sent(batch_size: int) -> float:
         config = small(tmp_path, mesh=MeshConfig(1, 8, 1), batch_size=batch_size)
-        program = plan.compile_distill(config, known.find_config("tiny"), jax.devices())
+        program = programs.compile_distill(config, known.find_config("tiny"), jax.devices())
         return sum(hlo.cost(program.compiled.as_text()).collectives.values())
 
     assert sent(64) < 1.5 * sent(8)
@@ -98,9 +99,9 @@ def engine() -> Engine:
 
 
 def test_decode_programs_are_the_engines(engine, tmp_path):
-    shape = plan.DecodeShape(2, 9, 20, 3, control.parse_controller("beta", 3))
+    shape = programs.DecodeShape(2, 9, 20, 3, control.parse_controller("beta", 3))
     config = small(tmp_path)
-    prefill, plain, eesd_round = plan.compile_decode(config, engine.model.config, jax.devices(), shape)
+    prefill, plain, eesd_round = programs.compile_decode(config, engine.model.config, jax.devices(), shape)
     assert [prefill.name, plain.name, eesd_round.name] == ["prefill", "plain step", "EESD round"]
     prompts, controller = [list(range(9))] * 2, engine.controller("beta")
     for program, chosen, place in ((plain, None, 4), (eesd_round, controller, 7)):
@@ -117,16 +118,16 @@ def test_decode_programs_are_the_engines(engine, tmp_path):
 # By arithmetic --------------------------------------------------------------------------------------------------------------------------
 
 
-def decode_shape(batch: int = 2) -> plan.DecodeShape:
-    return plan.DecodeShape(batch, 9, 20, 3, control.parse_controller("beta", 3))
+def decode_shape(batch: int = 2) -> programs.DecodeShape:
+    return programs.DecodeShape(batch, 9, 20, 3, control.parse_controller("beta", 3))
 
 
 def test_a_step_reads_weights_and_caches_once(tmp_path):
     """And multiplies each row by every matrix but the embedding, and each query by the caches."""
     model = known.find_config("tiny")
-    on = plan.decoding(small(tmp_path), model, sharding.make_mesh(), decode_shape())
+    on = programs.decoding(small(tmp_path), model, sharding.make_mesh(), decode_shape())
     weights = on.params if model.tie_embeddings else on.params | {"embed": None}
-    cost = arithmetic.plain_step(on)
+    cost = counts.plain_step(on)
     assert cost.bytes == sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((weights, on.cache)))
     matrices = sum(leaf.size for leaf in jax.tree.leaves(weights) if leaf.ndim == 2)
     cached = sum(leaf.size for leaf in jax.tree.leaves(on.cache))
@@ -135,19 +136,19 @@ def test_a_step_reads_weights_and_caches_once(tmp_path):
 
 def test_a_round_without_drafts_is_a_plain_step(tmp_path):
     """Each draft then costs the blocks that draft and the branch; what verification costs more is arithmetic alone."""
-    on = plan.decoding(small(tmp_path), known.find_config("tiny"), sharding.make_mesh(), decode_shape())
-    assert arithmetic.eesd_round(on, 0, 1) == arithmetic.plain_step(on)
-    costs = [arithmetic.eesd_round(on, drafts, 4) for drafts in (1, 2, 3)]
+    on = programs.decoding(small(tmp_path), known.find_config("tiny"), sharding.make_mesh(), decode_shape())
+    assert counts.eesd_round(on, 0, 1) == counts.plain_step(on)
+    costs = [counts.eesd_round(on, drafts, 4) for drafts in (1, 2, 3)]
     assert costs[1].bytes - costs[0].bytes == costs[2].bytes - costs[1].bytes > 0
-    assert arithmetic.eesd_round(on, 1, 9).bytes == costs[0].bytes
-    assert arithmetic.eesd_round(on, 1, 9).flops > costs[0].flops
+    assert counts.eesd_round(on, 1, 9).bytes == costs[0].bytes
+    assert counts.eesd_round(on, 1, 9).flops > costs[0].flops
 
 
 def test_decoding_is_known_without_a_compiler(tmp_path):
     """Arrays over a mesh of no devices are those that the engine has, and so is what it reads of them."""
     config, model = small(tmp_path), known.find_config("tiny")
     node = slices.find_slice("h100:8")
-    compiled = [needs.need(program) for program in plan.compile_decode(config, model, jax.devices(), decode_shape())]
+    compiled = [needs.need(program) for program in programs.compile_decode(config, model, jax.devices(), decode_shape())]
     for ours, theirs in zip(estimates.estimate_decode(config, model, node, decode_shape()), compiled, strict=True):
         assert ours.name == theirs.name
         for kind in ("weights", "exit branch"):
@@ -162,7 +163,7 @@ def test_a_training_step_is_known_without_a_compiler(tmp_path):
     """What is held is what the compiler is given; arithmetic is what the HLO has."""
     config, model = small(tmp_path, mesh=MeshConfig(2, 4, 1)), known.find_config("tiny")
     ours = estimates.estimate_distill(config, model, slices.find_slice("h100:8"))
-    theirs = needs.need(plan.compile_distill(config, model, jax.devices()))
+    theirs = needs.need(programs.compile_distill(config, model, jax.devices()))
     assert ours.memory.held == theirs.memory.held
     assert ours.runs[0].tokens == theirs.runs[0].tokens
     assert ours.runs[0].cost.flops == pytest.approx(theirs.runs[0].cost.flops, rel=0.1)
@@ -175,8 +176,8 @@ def fake_planner(fits: dict[str, bool], asked: list[tuple[str, MeshConfig]]) -> 
     def planner(config, model, where, shape, what):
         asked.append((where.name, config.mesh))
         if not fits.get(where.name, True):
-            raise plan.DoesNotFit("too small")
-        yield needs.Need(plan.DISTILL, needs.Memory({}, 0, 1, 0, 0), (needs.Run("", 1, hlo.Cost(1.0, 1.0, {}, 0)),))
+            raise programs.DoesNotFit("too small")
+        yield needs.Need(programs.DISTILL, needs.Memory({}, 0, 1, 0, 0), (needs.Run("", 1, hlo.Cost(1.0, 1.0, {}, 0)),))
 
     return planner
 
@@ -237,8 +238,8 @@ def test_configs_are_of_the_models_that_they_name(name, count):
     finally:
         sys.path.remove(str(ROOT))
     model = known.find_config(config.model)
-    plan.check_against_model(config, model)
-    params = plan.abstract_params(model, jnp.dtype(config.dtype), sharding.make_mesh())
+    programs.check_against_model(config, model)
+    params = programs.abstract_params(model, jnp.dtype(config.dtype), sharding.make_mesh())
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == pytest.approx(count, rel=2e-3)
 
 

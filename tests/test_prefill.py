@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax import DecodeConfig, Engine, engine, prefill
+from eesd_jax import DecodeConfig, Engine
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.decode.state import LENGTH, RUNNING, DecodeState
-from eesd_jax.drafter import Drafter
+from eesd_jax.engine import engine, prefill
+from eesd_jax.engine.drafter import Drafter
 from eesd_jax.model import exit_branch
 
 OPTIONS = DecodeConfig(max_new_tokens=6, prompt_buckets=(8, 16), min_capacity=32)

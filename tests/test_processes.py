@@ -10,10 +10,13 @@ import threading
 import pytest
 from etils import epath
 
-from eesd_jax import UserError, experiment, lifeline, processes
+import eesd_jax
+from eesd_jax import UserError
+from eesd_jax.cluster import lifeline, processes
+from eesd_jax.cluster.lifeline import GONE, Lifeline
+from eesd_jax.cluster.processes import Facts, check_devices, check_same, check_shared, flatten, source_hashes
 from eesd_jax.config import ExperimentConfig, LifelineConfig
-from eesd_jax.lifeline import GONE, Lifeline
-from eesd_jax.processes import Facts, check_devices, check_same, check_shared, flatten, source_hashes
+from eesd_jax.distill import experiment
 
 FACTS = Facts("a", {"eesd_jax/x.py": "01", "eesd_jax/y.py": "02"}, {"jax": "0.10.2"}, {"seed": 0, "mesh.data": 2})
 
@@ -54,7 +57,7 @@ def test_every_field_of_a_config_and_every_file_of_the_package_count():
     settings = flatten(experiment.to_dict(ExperimentConfig()))
     assert settings["optimizer.learning_rate"] == ExperimentConfig().optimizer.learning_rate
     assert not any(isinstance(value, dict) for value in settings.values())
-    package = pathlib.Path(processes.__file__).parent
+    package = pathlib.Path(eesd_jax.__file__).parent
     assert set(source_hashes()) == {path.relative_to(package.parent).as_posix() for path in package.rglob("*.py")}
 
 

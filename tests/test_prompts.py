@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from eesd_jax.engine.prompts import Conversation, is_text, read_prompts
 from eesd_jax.errors import UserError
-from eesd_jax.prompts import Conversation, is_text, read_prompts
 
 ALL_FORMS = '{"turns": ["..."]}, {"prompt": "..."} or {"messages": [{"role": "...", "content": "..."}]}'
 

@@ -14,15 +14,18 @@ from commands import assert_refused
 from jax.sharding import PartitionSpec
 
 import eesd_jax
-from eesd_jax import Engine, UserError, arithmetic, plan
+from eesd_jax import Engine, UserError
 from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig
-from eesd_jax.control import build_controller, parse_controller
-from eesd_jax.cost_table import RoundCosts
+from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller
-from eesd_jax.distill.refill import Refiller, Request
-from eesd_jax.drafter import Drafter
-from eesd_jax.model import cpu_calls, cpu_codes, exit_branch, llama, quantized, sharding
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.scheduler import Refiller, Request
+from eesd_jax.engine.timing import RoundCosts
+from eesd_jax.kernels.cpu import calls
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.model import exit_branch, llama, quantized, sharding
 from eesd_jax.model.quantized import Quantized
+from eesd_jax.planning import counts, programs
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.load import LoadedModel, load_params, quantized_codes
 from eesd_jax.weights.quantize import quantize
@@ -134,10 +137,10 @@ def test_params_on_a_mesh_are_those_of_one_device(kind):
     assert block["wq"].codes.sharding.spec == PartitionSpec("tensor", "fsdp")
     assert block["wq"].scale.sharding.spec == PartitionSpec("tensor", None)  # three groups, which two devices do not divide, or one
     assert block["w_down"].scale.sharding.spec == PartitionSpec("fsdp", "tensor" if kind == "int4" else None)
-    planned = plan.abstract_params(CONFIG, jnp.dtype("float32"), mesh, kind)
+    planned = programs.abstract_params(CONFIG, jnp.dtype("float32"), mesh, kind)
     jax.tree.map(lambda leaf, array: np.testing.assert_equal((leaf.shape, leaf.dtype), (array.shape, array.dtype)), planned, parts)
     assert jax.tree.all(jax.tree.map(lambda leaf, array: leaf.sharding == array.sharding, planned, parts))
-    assert arithmetic.bytes_of_a_chip(planned["blocks"][0]["wq"].codes) == 32 * 96 // 4 // (2 if kind == "int4" else 1)
+    assert counts.bytes_of_a_chip(planned["blocks"][0]["wq"].codes) == 32 * 96 // 4 // (2 if kind == "int4" else 1)
 
 
 def test_a_branch_of_a_quantised_target_is_made_of_its_numbers():
@@ -219,7 +222,7 @@ def test_a_file_that_is_quantised_already_is_quantised_anew(tmp_path):
     dense = eesd_jax.load(str(file), dtype="float32", exit_branch="none", arms=["lookup"])
     weight, read = engine.model.params["blocks"][0]["wq"], dense.model.params["blocks"][0]["wq"]
     jax.tree.map(np.testing.assert_array_equal, weight, quantize(np.asarray(read), "int4"))
-    assert (engine.model.codes is not None) == cpu_calls.possible()
+    assert (engine.model.codes is not None) == calls.possible()
 
 
 # What users see -------------------------------------------------------------------------------------------------------------------------

@@ -10,9 +10,9 @@ import tiny
 
 from eesd_jax import DecodeConfig, Engine
 from eesd_jax.config import LONGEST_MATCH, DraftConfig
-from eesd_jax.decode import ngrams
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.drafter import Drafter
+from eesd_jax.decode.sources import ngrams
+from eesd_jax.engine.drafter import Drafter
 
 PROMPTS = [[5, 9, 200, 31, 5, 9, 200], [7, 7], [250, 3]]
 BUDGET, COST = 40, (1.0, 1.1, 1.2, 1.3)

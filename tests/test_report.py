@@ -6,9 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from eesd_jax import plots, report
-from eesd_jax.generation import Rounds
-from eesd_jax.journal import Answer, Costs, Divergence, Run
+from eesd_jax.bench import plots, report
+from eesd_jax.bench.record import Answer, Costs, Divergence, Run
+from eesd_jax.engine.generation import Rounds
 
 COSTS = Costs(plain=1.0, rounds=(1.25, 1.5, 2.0, 3.0))
 CONTRACT = [

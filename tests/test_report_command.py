@@ -9,7 +9,7 @@ import xml.etree.ElementTree
 
 import pytest
 
-from eesd_jax.report import figure
+from eesd_jax.bench.report import figure
 
 ROOT = pathlib.Path(__file__).parent.parent
 

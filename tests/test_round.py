@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax import DecodeConfig, Engine, SamplingConfig, engine
+from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode import loop, speculative
+from eesd_jax.decode import loop
+from eesd_jax.decode import round as speculative
 from eesd_jax.decode.controllers import Beta, Calibration, Controller, Fixed
 from eesd_jax.decode.state import RUNNING, DecodeState
-from eesd_jax.drafter import Drafter
+from eesd_jax.engine import engine
+from eesd_jax.engine.drafter import Drafter
 from eesd_jax.model import cache as kv
 from eesd_jax.model import exit_branch
 

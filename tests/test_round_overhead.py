@@ -10,7 +10,7 @@ import tiny
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode.controllers import Beta, Calibration, Fixed
-from eesd_jax.drafter import Drafter
+from eesd_jax.engine.drafter import Drafter
 from eesd_jax.model import llama
 from eesd_jax.model.exit_branch import init_exit_branch
 

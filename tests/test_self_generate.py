@@ -20,10 +20,11 @@ import tiny
 
 from eesd_jax.config import DataConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.distill import data, prompt_source, refill, self_generate
-from eesd_jax.distill.refill import Refiller, Request, local_mesh
-from eesd_jax.drafter import Drafter
-from eesd_jax.engine import Engine
+from eesd_jax.distill import data, prompt_source, self_generate
+from eesd_jax.engine import scheduler
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.scheduler import Refiller, Request, local_mesh
 from eesd_jax.errors import UserError
 from eesd_jax.model import sharding
 from eesd_jax.model.exit_branch import init_exit_branch
@@ -86,7 +87,7 @@ def test_devices_share_the_rows(engine, requests, plain_responses):
 
 def test_several_prompts_can_be_run_at_once(engine, requests, plain_responses, monkeypatch):
     # As on accelerators; on CPU one prompt is run at a time.
-    monkeypatch.setattr(refill, "_platform", lambda mesh: "tpu")
+    monkeypatch.setattr(scheduler, "_platform", lambda mesh: "tpu")
     assert responses(engine, requests) == plain_responses
     assert responses(engine, requests, devices=2, rows=8) == plain_responses
 
@@ -414,7 +415,7 @@ def test_a_model_without_a_template_cannot_write_prompts(loaded, config, engine,
 def command(tmp_path, config):
     tiny.write_folder(tmp_path / "model", tiny.hf_config(), with_tokenizer=True)
     (tmp_path / "config.py").write_text(
-        "from eesd_jax.experiment import base_config\n\n\ndef get_config():\n    config = base_config()\n"
+        "from eesd_jax.distill.experiment import base_config\n\n\ndef get_config():\n    config = base_config()\n"
         f"    config.model = {str(tmp_path / 'model')!r}\n    config.self_generate.prompts = {config.self_generate.prompts!r}\n"
         "    config.self_generate.max_new_tokens = 60\n    config.self_generate.num_responses = 300\n"
         "    config.self_generate.batch_size = 4\n    return config\n"

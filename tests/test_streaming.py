@@ -6,7 +6,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from eesd_jax.streaming import TextStream
+from eesd_jax.engine.streaming import TextStream
 
 END = "<|end|>"
 REPLACEMENT = "\ufffd"

@@ -12,7 +12,8 @@ import sys
 import warnings
 from collections.abc import Sequence
 
-from eesd_jax import cli, experiment
+from eesd_jax import cli
+from eesd_jax.distill import experiment
 
 experiment.define_config_flag()
 cli.define_distributed_flags()
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     import jax
 
     from eesd_jax.distill import preemption, trainer
-    from eesd_jax.engine import use_compilation_cache
+    from eesd_jax.engine.engine import use_compilation_cache
 
     warnings.showwarning = show_warning
     use_compilation_cache()

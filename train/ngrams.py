@@ -10,7 +10,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from eesd_jax import cli, experiment
+from eesd_jax import cli
+from eesd_jax.distill import experiment
 from eesd_jax.errors import UserError
 
 experiment.define_config_flag()
@@ -26,7 +27,7 @@ def main(argv: Sequence[str]) -> None:
     with cli.notice(f"loading {config.model} ..."):
         import numpy as np
 
-        from eesd_jax.decode import ngrams
+        from eesd_jax.decode.sources import ngrams
         from eesd_jax.distill import examples
         from eesd_jax.weights import ngram_file
         from eesd_jax.weights.load import load_text

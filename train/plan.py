@@ -17,15 +17,17 @@ from typing import TYPE_CHECKING
 
 from absl import flags
 
-from eesd_jax import cli, control, experiment
+from eesd_jax import cli
 from eesd_jax.config import DecodeConfig, DraftConfig
+from eesd_jax.decode import control
+from eesd_jax.distill import experiment
 from eesd_jax.errors import UserError
 
 if TYPE_CHECKING:
     from eesd_jax.config import ExperimentConfig
     from eesd_jax.model.config import ModelConfig
-    from eesd_jax.plan import DecodeShape
-    from eesd_jax.slices import Slice
+    from eesd_jax.planning.programs import DecodeShape
+    from eesd_jax.planning.slices import Slice
 
 WHAT = ("distill", "decode", "all")
 experiment.define_config_flag()
@@ -79,10 +81,10 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--controller is {FLAGS.controller!r}; expected one that drafts, and not by times measured on the machine")
     os.environ.update(ENVIRONMENT)
 
-    from eesd_jax import plan, slices
+    from eesd_jax.planning import programs, slices
     from eesd_jax.weights.known import find_config
 
-    shape = plan.DecodeShape(FLAGS.batch_size, FLAGS.prompt_tokens, FLAGS.max_new_tokens, FLAGS.max_draft, spec)
+    shape = programs.DecodeShape(FLAGS.batch_size, FLAGS.prompt_tokens, FLAGS.max_new_tokens, FLAGS.max_draft, spec)
     tokens = FLAGS.tokens or float(config.steps * config.batch_size * config.data.sequence_length)
     if FLAGS.recommend is None:
         problem = show_slice(config, find_config(config.model), slices.find_slice(FLAGS.topology, FLAGS.slices), shape, tokens)
@@ -96,9 +98,9 @@ def main(argv: Sequence[str]) -> None:
 
 def show_slice(config: "ExperimentConfig", model: "ModelConfig", where: "Slice", shape: "DecodeShape", tokens: float) -> str | None:
     """Prints what the programs need there; one line where it is too small."""
-    from eesd_jax import estimates, needs, recommend
-    from eesd_jax.plan import PLAIN, DoesNotFit
-    from eesd_jax.report import table
+    from eesd_jax.bench.report import table
+    from eesd_jax.planning import estimates, needs, recommend
+    from eesd_jax.planning.programs import PLAIN, DoesNotFit
 
     compiles = where.is_tpu and FLAGS.compile
     planner = recommend.plan_for if compiles else estimates.estimate
@@ -129,8 +131,8 @@ def show_recommendation(
     config: "ExperimentConfig", model: "ModelConfig", families: tuple[str, ...], shape: "DecodeShape", tokens: float
 ) -> str | None:
     """Prints what was tried and the smallest slice that fits; one line where none does."""
-    from eesd_jax import estimates, recommend
-    from eesd_jax.report import table
+    from eesd_jax.bench.report import table
+    from eesd_jax.planning import estimates, recommend
 
     planner = recommend.plan_for if FLAGS.compile else estimates.estimate
     tries = []

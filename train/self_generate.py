@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from eesd_jax import cli, experiment
+from eesd_jax import cli
+from eesd_jax.distill import experiment
 
 if TYPE_CHECKING:
     from eesd_jax.distill import self_generate

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.model import cpu_calls
+from eesd_jax.kernels.cpu import calls
 
 _BLOCK = 128  # tokens whose probabilities are summed first
 _GROUP = 64  # tokens of which the best is found first
@@ -88,7 +88,7 @@ def _top_p_floor(weights: jax.Array, top_p: jax.Array) -> jax.Array:
 def best_token(logits: jax.Array) -> jax.Array:
     """The most probable token, of several the first: int32 [...] of logits [..., V]."""
     vocabulary = logits.shape[-1]
-    if vocabulary % _GROUP or not cpu_calls.possible():
+    if vocabulary % _GROUP or not calls.possible():
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     # XLA's argmax for CPU looks at one number after the other, its maximum at many.
     groups = logits.reshape(*logits.shape[:-1], -1, _GROUP)

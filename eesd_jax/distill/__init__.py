@@ -1,0 +1,1 @@
+"""Training an exit branch: the target writes text, and the branch learns its distribution on it."""

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from etils import epath
 
-from eesd_jax import experiment
 from eesd_jax.config import NOT_QUANTIZED, ExperimentConfig
+from eesd_jax.distill import experiment
 from eesd_jax.errors import UserError
 from eesd_jax.model import exit_branch
 from eesd_jax.model.config import ModelConfig

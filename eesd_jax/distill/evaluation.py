@@ -18,9 +18,9 @@ from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.distill import loss, step, teacher
 from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.layout import Layout
-from eesd_jax.drafter import Drafter
-from eesd_jax.engine import Engine
-from eesd_jax.generation import Rounds
+from eesd_jax.engine.drafter import Drafter
+from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.generation import Rounds
 from eesd_jax.weights.load import LoadedModel
 
 _PROMPT_TOKENS = 256

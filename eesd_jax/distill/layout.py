@@ -70,7 +70,7 @@ def make_layout(config: ExperimentConfig, all_devices: Sequence[jax.Device] | No
     """What the config asks for, over all devices; raises UserError where it does not match them, or the batch.
 
     Args:
-      all_devices: by default those that there are; `plan.py` gives those of a slice that is not there.
+      all_devices: by default those that there are; `planning/programs.py` gives those of a slice that is not there.
     """
     all_devices = jax.devices() if all_devices is None else all_devices
     wanted = mesh_sizes(config, len(all_devices), sharding.count_slices(all_devices))

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from eesd_jax import plots
+from eesd_jax.bench import plots
 
 METRICS_NAME = "metrics.jsonl"
 PLOT_NAME = "training.png"

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from eesd_jax.engine.prompts import Conversation, is_text, read_prompts
 from eesd_jax.errors import UserError
-from eesd_jax.prompts import Conversation, is_text, read_prompts
 
 if TYPE_CHECKING:
-    from eesd_jax.engine import Engine
+    from eesd_jax.engine.engine import Engine
 
 SELF = "self"
 _TFDS = "tfds:"

@@ -24,15 +24,16 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from eesd_jax import control, conversations, engine
+from eesd_jax.cluster.processes import check_shared
 from eesd_jax.config import NOT_QUANTIZED, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
+from eesd_jax.decode import control
 from eesd_jax.distill import examples, prompt_source
-from eesd_jax.distill.refill import Refiller, Request, local_mesh
 from eesd_jax.distill.response_journal import Journal, check_same, check_settings_file
-from eesd_jax.engine import Engine
+from eesd_jax.engine import conversations, engine
+from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.prompts import Conversation, is_text
+from eesd_jax.engine.scheduler import Refiller, Request, local_mesh
 from eesd_jax.errors import UserError
-from eesd_jax.processes import check_shared
-from eesd_jax.prompts import Conversation, is_text
 from eesd_jax.weights.branch_folder import config_hash, fingerprint
 
 FORMAT_VERSION = 1

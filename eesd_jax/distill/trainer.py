@@ -22,6 +22,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from eesd_jax.cluster.hardware import find_chip
+from eesd_jax.cluster.processes import check_shared
 from eesd_jax.config import ExperimentConfig
 from eesd_jax.distill import data, step, teacher
 from eesd_jax.distill.checks import check_against_model, check_config, comparable, find
@@ -31,9 +33,8 @@ from eesd_jax.distill.layout import Layout, make_layout
 from eesd_jax.distill.monitor import Monitor
 from eesd_jax.distill.preemption import watch_for_sigterm
 from eesd_jax.errors import UserError
-from eesd_jax.hardware import find_chip
-from eesd_jax.model import cpu_calls, exit_branch
-from eesd_jax.processes import check_shared
+from eesd_jax.kernels.cpu import calls
+from eesd_jax.model import exit_branch
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.checkpoint import Checkpoints, refuse_other
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -66,7 +67,7 @@ def train(config: ExperimentConfig) -> Result:
     if not find(dataset, "data.path").exists():  # before the model, which can take minutes
         raise UserError(f"dataset {dataset!r}: no such folder; expected what train/self_generate.py writes, or a JSONL file of chats")
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    with cpu_calls.on_mesh(layout.mesh.size > 1):
+    with calls.on_mesh(layout.mesh.size > 1):
         return Run(config, output, layout, load_model(config.model, jnp.dtype(dtype), layout.mesh, config.quantize)).train()
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.model import cpu_cache
+from eesd_jax.kernels.cpu import cache as cpu_cache
 from eesd_jax.model.config import ModelConfig
 
 

@@ -19,11 +19,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_codes, cpu_integers, llama, quantized, sharding
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu import integers
+from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.kernels.cpu.integers import Integers
+from eesd_jax.model import llama, quantized, sharding
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_integers import Integers
 from eesd_jax.model.tree import Tree
 
 STARTS = ("last", "next", "zero")
@@ -57,7 +59,7 @@ def with_codes(branch: ExitBranch) -> ExitBranch:
 
     def codes_of(weight: jax.Array) -> Codes | Integers | None:
         codes = cpu_codes.of_bytes(weight)
-        return codes and cpu_integers.from_codes(codes)
+        return codes and integers.from_codes(codes)
 
     block = {name: codes_of(weight) for name, weight in branch.block.items() if weight.ndim == 2}
     # Apart from each other: where only keys and values are used, no queries are computed.

@@ -22,11 +22,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.model import cpu_attention, cpu_calls, cpu_codes, cpu_integers, cpu_rows, quantized, rope
+from eesd_jax.kernels.cpu import attention as cpu_attention
+from eesd_jax.kernels.cpu import calls, integers
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu import rows as cpu_rows
+from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.kernels.cpu.integers import Integers
+from eesd_jax.model import quantized, rope
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_integers import Integers
 from eesd_jax.model.quantized import Quantized
 from eesd_jax.model.tree import Tree
 
@@ -53,13 +57,13 @@ def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Integ
     """X [B, T, I] times a weight stored as [out, in]: [B, T, O]. Its codes, if given, are read in its place where that is faster."""
     rows = x.reshape(-1, x.shape[-1])
     if _reads_codes(rows.shape[0], codes):
-        by_codes = cpu_integers.rows_by_integers if isinstance(codes, Integers) else cpu_codes.rows_by_codes
+        by_codes = integers.rows_by_integers if isinstance(codes, Integers) else cpu_codes.rows_by_codes
         return by_codes(rows, codes).reshape(*x.shape[:-1], -1)
     if isinstance(weight_OxI, Quantized):
         return _linear_quantized(x, weight_OxI, **kwargs)
     if cpu_rows.usable(rows.shape[0], weight_OxI):
         return cpu_rows.rows_by_matrix(rows, weight_OxI).reshape(*x.shape[:-1], -1)
-    if rows.shape[0] == 1 and cpu_calls.possible() and weight_OxI.shape[0] % _CPU_SPLITS == 0:
+    if rows.shape[0] == 1 and calls.possible() and weight_OxI.shape[0] % _CPU_SPLITS == 0:
         # XLA multiplies one row by a matrix on a single core. As a batch of products it uses them all, and reads memory at full speed.
         split_CxOxI = weight_OxI.reshape(_CPU_SPLITS, -1, weight_OxI.shape[1])
         repeated_CxRxI = jnp.broadcast_to(rows, (_CPU_SPLITS, *rows.shape))
@@ -72,7 +76,7 @@ def _linear_quantized(x: jax.Array, weight_OxI: Quantized, preferred_element_typ
     weight, x = quantized.keep_in_loop(weight_OxI, x)
     rows, groups = math.prod(x.shape[:-1]), weight.scale.shape[-1]
     # On a mesh devices would send each other the products of all groups, where groups are split.
-    if groups > 1 and (rows * groups > _MOST_GROUP_ROWS or cpu_calls.on_mesh.value):
+    if groups > 1 and (rows * groups > _MOST_GROUP_ROWS or calls.on_mesh.value):
         return linear(x, quantized.to_dense(weight, x.dtype), preferred_element_type=dtype)
     parts = quantized.split_by_group(x, groups)  # [B, T, G, I]
     product = linear(parts, weight.codes.astype(x.dtype), preferred_element_type=jnp.float32)  # [B, T, G, O]
@@ -81,7 +85,7 @@ def _linear_quantized(x: jax.Array, weight_OxI: Quantized, preferred_element_typ
 
 def _reads_codes(rows: int, codes: Codes | Integers | None) -> bool:
     """Whether `linear` multiplies so many rows by the codes."""
-    return cpu_calls.possible() if isinstance(codes, Integers) else cpu_codes.usable(rows, codes)
+    return calls.possible() if isinstance(codes, Integers) else cpu_codes.usable(rows, codes)
 
 
 def _reads_matrix(rows: int, weight: jax.Array | Quantized) -> bool:
@@ -315,7 +319,7 @@ def rotation(config: ModelConfig, start_B: jax.Array, offset_T: jax.Array) -> ro
     def take() -> rope.Rotation:
         return rope.rotation(config.rope, config.head_dim, start_B[:, None] + offset_T)
 
-    if not cpu_calls.possible():
+    if not calls.possible():
         return take()
     # Sines and cosines are dear on a CPU, and XLA takes them anew for every head of every block, unless it cannot look behind a condition.
     nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(take))

@@ -14,7 +14,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_calls, llama, quantized
+from eesd_jax.kernels.cpu import calls
+from eesd_jax.model import llama, quantized
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.quantized import Quantized
 
@@ -97,7 +98,7 @@ def decode_rows_home(mesh: Mesh) -> NamedSharding:
 @functools.cache
 def abstract_params(config: ModelConfig) -> llama.Params:
     """Boxed shapes (`jax.ShapeDtypeStruct`) and logical axes of every weight; nothing is allocated."""
-    with cpu_calls.on_mesh(True):  # no kernel is compiled only to learn shapes
+    with calls.on_mesh(True):  # no kernel is compiled only to learn shapes
         return jax.eval_shape(lambda key: llama.init(config, key), jax.random.key(0))
 
 

@@ -25,9 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_codes, exit_branch, llama
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.model import exit_branch, llama
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.cpu_codes import Codes
 from eesd_jax.model.exit_branch import ExitBranch, Fusion
 from eesd_jax.weights import hub, safetensors
 

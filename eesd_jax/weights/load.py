@@ -20,10 +20,12 @@ from transformers import PreTrainedTokenizerBase
 
 from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.model import cpu_calls, cpu_codes, cpu_integers, llama, quantized, sharding
+from eesd_jax.kernels.cpu import calls, integers
+from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.kernels.cpu.integers import Integers
+from eesd_jax.model import llama, quantized, sharding
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.cpu_codes import Codes
-from eesd_jax.model.cpu_integers import Integers
 from eesd_jax.model.quantized import Quantized
 from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
 from eesd_jax.weights import quantize as quantizing
@@ -112,7 +114,7 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None, quantize: 
     params = load_params(text.config, source, dtype, mesh, quantize)
     codes = None
     # In other arithmetic codes would not stand for the very weights.
-    if mesh is None and dtype == jnp.float32 and cpu_calls.possible():
+    if mesh is None and dtype == jnp.float32 and calls.possible():
         if quantize != NOT_QUANTIZED:
             codes = quantized_codes(text.config, params)
         elif isinstance(source, gguf.GGUFSource):
@@ -267,7 +269,7 @@ def _arrange(head: dict[str, Codes], blocks: Iterable[dict[str, Codes]]) -> dict
     """Codes as this processor takes them, those of a block that belong together joined."""
 
     def arrange(codes: dict[str, Codes]) -> dict[str, Codes | Integers]:
-        return {name: cpu_integers.from_codes(of_weight) for name, of_weight in codes.items()}
+        return {name: integers.from_codes(of_weight) for name, of_weight in codes.items()}
 
     return arrange(head) | {"blocks": tuple(arrange(llama.join_codes(block)) for block in blocks)}
 

@@ -23,7 +23,7 @@ def shipped_ngrams(model: str) -> pathlib.Path | None:
 
 
 def save_ngrams(path: str | os.PathLike, entries: np.ndarray, vocab_size: int, provenance: dict[str, str]) -> None:
-    """Writes a table (`decode/ngrams.py`: uint32 [E]) under a temporary name first.
+    """Writes a table (`decode/sources/ngrams.py`: uint32 [E]) under a temporary name first.
 
     Raises:
       UserError: it cannot be written.
@@ -43,7 +43,7 @@ def save_ngrams(path: str | os.PathLike, entries: np.ndarray, vocab_size: int, p
 
 
 class NgramFile(NamedTuple):
-    """path: of the file. entries: uint32 [E], see `decode/ngrams.py`. vocab_size: of the model whose text was counted."""
+    """path: of the file. entries: uint32 [E], see `decode/sources/ngrams.py`. vocab_size: of the model whose text was counted."""
 
     path: str
     entries: np.ndarray

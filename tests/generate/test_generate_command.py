@@ -21,7 +21,7 @@ import tiny
 from commands import Result, assert_refused
 from generate_command import CONTEXT, FIELDS, PROMPTS, read_output, write_prompts
 
-from eesd_jax.engine import Engine
+from eesd_jax.engine.engine import Engine
 
 SCRIPT = commands.ROOT / "infer" / "generate.py"
 

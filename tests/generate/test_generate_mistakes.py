@@ -10,8 +10,8 @@ import pytest
 from commands import assert_refused
 from generate_command import CONTEXT, write_prompts
 
-from eesd_jax import engine
-from eesd_jax.engine import Engine
+from eesd_jax.engine import engine
+from eesd_jax.engine.engine import Engine
 
 # What is wrong without a look at the model -------------------------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ import tiny
 from commands import assert_refused
 from generate_command import FIELDS, PROMPTS, read_output, write_prompts
 
-from eesd_jax import engine
-from eesd_jax.engine import Engine
+from eesd_jax.engine import engine
+from eesd_jax.engine.engine import Engine
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights.branch_folder import describe, save_branch
 

@@ -1,0 +1,1 @@
+"""Benchmark runs: what is measured, their journal, tables and plots."""

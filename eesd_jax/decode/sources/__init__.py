@@ -1,0 +1,1 @@
+"""What drafts beside the exit branch, and the bandit that chooses between sources."""

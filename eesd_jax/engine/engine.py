@@ -1,0 +1,465 @@
+"""Text in, text out: the library's front door. Tokenizes, pads to buckets, runs the jitted programs of `decode/loop.py`, and reads results.
+
+lm = eesd_jax.load("demo")
+print(lm.generate("Why is the sky blue?").text)
+for piece in lm.stream("Tell me a story."): print(piece, end="", flush=True)
+"""
+
+import dataclasses
+import functools
+import math
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eesd_jax.config import (
+    ARMS,
+    DEFAULT_CONTROLLER,
+    LONGEST_MATCH,
+    NOT_QUANTIZED,
+    DecodeConfig,
+    DraftConfig,
+    SamplingConfig,
+    check_quantize,
+)
+from eesd_jax.decode import control, loop
+from eesd_jax.decode import round as speculative
+from eesd_jax.decode.controllers import Calibration, Controller, as_argument
+from eesd_jax.decode.sampling import Sampling
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
+from eesd_jax.engine import timing
+from eesd_jax.engine.drafter import Drafter, read_drafter
+from eesd_jax.engine.generation import Generation, Rounds
+from eesd_jax.engine.prefill import Prefilled, bucket_shapes, one_by_one, padded_length, worth_one_by_one
+from eesd_jax.engine.streaming import TextStream
+from eesd_jax.errors import UserError
+from eesd_jax.kernels.cpu import calls
+from eesd_jax.model import llama, sharding
+from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.exit_branch import ExitBranch, with_codes
+from eesd_jax.weights import branch_folder, hub, ngram_file
+from eesd_jax.weights.load import LoadedModel, load_model
+
+Messages = Sequence[dict[str, str]]
+Prompt = str | Messages
+
+_FINISH_REASONS = {EOS: "eos", LENGTH: "length", STOPPED: "stop"}
+
+_prefill = jax.jit(loop.prefill, static_argnames=("config", "exit_layer", "capacity", "chunk"))
+# Jitted so that what it adds lies where the rest of the state does: a program compiles again for arrays that are placed otherwise.
+_start_drafting = jax.jit(speculative.start_drafting, static_argnames=("draft",))
+_row_keys = jax.jit(jax.vmap(jax.random.key))
+
+
+@functools.partial(jax.jit, static_argnames=("config",), donate_argnames=("state",))
+def _decode_plain(
+    config: ModelConfig, eos_ids: jax.Array, params: llama.Params, sampling: Sampling, state: DecodeState, max_steps: jax.Array
+) -> DecodeState:
+    return loop.decode(functools.partial(loop.plain_step, config, eos_ids, params, sampling), state, max_steps)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "draft"), donate_argnames=("state",))
+def _decode_speculative(
+    config: ModelConfig,
+    draft: DraftConfig,
+    controller: Controller,
+    eos_ids: jax.Array,
+    params: llama.Params,
+    branch: ExitBranch | None,
+    sampling: Sampling,
+    state: DecodeState,
+    max_steps: jax.Array,
+    ngrams: jax.Array | None = None,
+) -> DecodeState:
+    step = functools.partial(speculative.round_step, config, draft, controller, eos_ids, params, branch, sampling, ngrams_E=ngrams)
+    return loop.decode(step, state, max_steps)
+
+
+@dataclasses.dataclass
+class _Row:
+    """Host side of one running row: its text, and when it ended."""
+
+    text: TextStream
+    prompt_tokens: int
+    finish: int = RUNNING
+    seconds: float = 0.0
+
+
+def load(
+    model: str = hub.DEMO_NAME,
+    *,
+    dtype: str | None = None,
+    mesh: Mesh | None = None,
+    decode_config: DecodeConfig = DecodeConfig(),
+    exit_branch: str = "auto",
+    max_draft: int = DraftConfig.max_draft,
+    candidates: int = DraftConfig.candidates,
+    arms: Sequence[str] = ARMS,
+    ngrams: str = "auto",
+    quantize: str = NOT_QUANTIZED,
+) -> "Engine":
+    """Loads a model and its exit branch, ready to generate.
+
+    Args:
+      model: `demo` (built in), a Hugging Face folder, a GGUF file, or a hub id.
+      dtype: "float32" or "bfloat16"; by default float32 on CPU and bfloat16 elsewhere.
+      mesh: a `data` x `fsdp` x `tensor` mesh to place the weights on; by default one device.
+      decode_config: defaults of generation and its buckets.
+      exit_branch: a folder, a hub id, or the name of a model for which this package carries one; `none`; or `auto`: the branch that this
+        package carries for `model`, and none for models for which it carries none (which is warned of). Where lookup drafts and weights
+        are multiplied as the codes of their file, on a CPU, `auto` leaves the branch out: rounds wait for arithmetic there, and what the
+        branch adds to lookup is less than what it costs.
+      max_draft: the most tokens that a round may draft, at least 1.
+      candidates: of the branch for each of them, at least 1; all but the first are there in case that it is rejected. They make a round
+        dearer, so this pays where a pass over more tokens costs little more, as on a GPU.
+      arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none.
+      ngrams: the file of n-grams that lookup goes on with where the text has nothing (train/ngrams.py); `none`; or `auto`: the one that
+        this package carries for the model, if there is one.
+      quantize: int8 or int4: the matrices of the target in so many bits (`model/quantized.py`). That is another model: what is generated,
+        speculatively or not, is the quantised model's text. `none`: as in the file.
+
+    Raises:
+      UserError: the model or the branch cannot be found or used; the message says why.
+    """
+    use_compilation_cache()
+    check_quantize(quantize)
+    if dtype not in (None, "float32", "bfloat16"):
+        raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
+    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    arms = control.parse_arms(arms)
+    longest_match = LONGEST_MATCH if "lookup" in arms else 0
+    draft = DraftConfig(0, max_draft, longest_match=longest_match, candidates=candidates)
+    if "exit" not in arms:
+        exit_branch = "none"
+    # Before the model, which can take minutes.
+    folder = None
+    if exit_branch == "auto":
+        shipped = branch_folder.shipped_branch(model)
+        folder = branch_folder.BranchFolder(shipped) if shipped else None
+    elif exit_branch != "none":
+        folder = branch_folder.BranchFolder(branch_folder.find_branch(exit_branch))
+    if folder is None and candidates > 1:
+        raise UserError(f"candidates is {candidates}, and there is no exit branch to draw them; expected 1")
+    table = None
+    if longest_match and ngrams != "none" and (file := ngram_file.shipped_ngrams(model) if ngrams == "auto" else ngrams):
+        table = ngram_file.load_ngrams(file)
+    target = load_model(model, jnp.dtype(dtype), mesh, quantize)
+    if table is not None:
+        ngram_file.check_ngrams(table, target.config.vocab_size)
+    from_lookup_alone = exit_branch == "auto" and longest_match > 0 and candidates == 1 and target.codes is not None
+    if folder is not None and not from_lookup_alone:
+        drafter = read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
+    else:
+        drafter = Drafter(None, draft, Calibration(), trained=False, ngrams=table and table.entries) if longest_match else None
+        if exit_branch == "auto" and folder is None:
+            what = "drafts come from lookup alone" if longest_match else "decoding will be plain"
+            warnings.warn(f"no exit branch comes with model {model!r}: {what}", stacklevel=2)
+    return Engine(target, decode_config, drafter)
+
+
+def use_compilation_cache() -> None:
+    """Keeps compiled programs in the user's cache, so that a second start is quick; a folder that the user configured is left alone."""
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "compiled"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+class Engine:
+    """A loaded model that generates text.
+
+    Attributes:
+      model: the target.
+      decode_config: defaults of generation and its buckets.
+      drafter: what drafts, or None (then only plain decoding is to be had).
+      params, branch, ngrams: the weights and the table as programs take them: weights on a CPU with codes beside them.
+    """
+
+    def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig(), drafter: Drafter | None = None):
+        self.model = model
+        self.decode_config = decode_config
+        self.drafter = drafter
+        self.params = llama.with_codes(model.params, model.codes)
+        self.branch = drafter.branch if drafter else None
+        self.ngrams = None if drafter is None or drafter.ngrams is None else self._place_everywhere(drafter.ngrams)
+        if self.branch is not None and self.branch.head.dtype == jnp.float32 and not self._on_mesh and calls.possible():
+            self.branch = with_codes(self.branch)
+
+    @property
+    def has_chat_template(self) -> bool:
+        return bool(self.model.tokenizer.chat_template)
+
+    def encode(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
+        """Token ids of a prompt: through the chat template (messages, or a text as one user message) or as plain text.
+
+        Args:
+          prompt: a text, or messages with `role` and `content`.
+          chat: whether a text goes through the chat template; by default if the model has one.
+
+        Raises:
+          UserError: messages or chat=True without a template, messages that the template refuses, an empty prompt, or one
+            longer than the context.
+        """
+        tokenizer, context = self.model.tokenizer, self.model.config.context_length
+        chat = self.has_chat_template if chat is None else chat
+        if chat or not isinstance(prompt, str):
+            if not self.has_chat_template:
+                raise UserError("this model has no chat template; expected a plain text prompt (chat off)")
+            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+            try:
+                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            except Exception as error:  # templates raise whatever jinja2 or their author chose
+                raise UserError(f"the model's chat template refuses these messages: {error}") from None
+            ids = tokenizer(text, add_special_tokens=False).input_ids
+        else:
+            ids = tokenizer(prompt).input_ids
+        if not ids:
+            raise UserError(f"prompt {prompt!r} has no tokens; expected some text")
+        if len(ids) >= context:
+            raise UserError(f"prompt has {len(ids)} tokens; the model's context is {context}, of which at least one must be left")
+        return ids
+
+    def generate(self, prompt: Prompt, *, seed: int | None = None, chat: bool | None = None, **options) -> Generation:
+        """Generates one text; see `generate_ids` for the options."""
+        seed = self.decode_config.seed if seed is None else seed
+        return self.generate_ids([self.encode(prompt, chat=chat)], seeds=[seed], **options)[0]
+
+    def generate_batch(
+        self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None, chat: bool | None = None, **options
+    ) -> list[Generation]:
+        """Generates one text a prompt, all in one batch; row i draws with `seeds[i]`, by default the configured seed + i."""
+        seeds = [self.decode_config.seed + i for i in range(len(prompts))] if seeds is None else seeds
+        return self.generate_ids([self.encode(prompt, chat=chat) for prompt in prompts], seeds=seeds, **options)
+
+    def stream(self, prompt: Prompt, *, seed: int | None = None, chat: bool | None = None, **options) -> Iterator[str]:
+        """Generates one text and yields it in pieces that never split a character; the generator's return value is the `Generation`."""
+        seed = self.decode_config.seed if seed is None else seed
+        run = self._run([self.encode(prompt, chat=chat)], [seed], chunk=self.decode_config.stream_chunk, **options)
+        while True:
+            try:
+                piece = next(run)[0]
+            except StopIteration as end:
+                return end.value[0]
+            if piece:
+                yield piece
+
+    def generate_ids(
+        self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], stop: Sequence[str] = (), **options
+    ) -> list[Generation]:
+        """Generates from token ids, all prompts in one batch.
+
+        Args:
+          prompts: token ids of each row.
+          seeds: one a row; what a row draws depends on its seed and its prompt, not on its batch.
+          stop: strings that end a text; they are cut off.
+          sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
+          max_new_tokens (int): budget of each row, by default the configured one.
+          batch_size (int): rows of the compiled program; empty rows are added up to it, and to a multiple of the mesh's data axis.
+          controller (Controller, or its name; see `controller`): how many tokens to draft; None for plain decoding; by default
+            `auto`, which is `cost_aware` where something drafts, else plain.
+        """
+        # Stop strings are text, which only the host can see: it looks every few tokens. Without them it need only notice Ctrl-C.
+        chunk = self.decode_config.stream_chunk if stop else self.decode_config.chunk
+        run = self._run(prompts, seeds, chunk=chunk, stop=stop, **options)
+        while True:
+            try:
+                next(run)
+            except StopIteration as end:
+                return end.value
+
+    def _run(
+        self,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        *,
+        chunk: int,
+        stop: Sequence[str] = (),
+        sampling: SamplingConfig = SamplingConfig(),
+        max_new_tokens: int | None = None,
+        batch_size: int | None = None,
+        controller: Controller | str | None = control.AUTO,
+    ) -> Iterator[list[str]]:
+        """Yields each row's new text after every call of the loop, and returns the generations."""
+        batch = math.ceil(max(batch_size or 1, len(prompts)) / self._row_shares) * self._row_shares
+        if isinstance(controller, str):
+            controller = self.controller(controller, batch=batch)
+        started = time.perf_counter()
+        budget = self.decode_config.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if budget < 1:
+            raise UserError(f"max_new_tokens is {budget}; expected an integer >= 1")
+        if len(seeds) != len(prompts):
+            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; expected one each")
+        if controller is not None and self.drafter is None:
+            raise UserError(f"controller {controller} needs an exit branch, and none is loaded")
+        state = self.prefill(prompts, seeds, batch, budget, controller)
+        rows = [_Row(TextStream(self.model.tokenizer, stop), len(prompt)) for prompt in prompts]
+        first_token_seconds = 0.0
+        steps = 1  # the first token alone, so that its time is seen
+        while any(row.finish == RUNNING for row in rows):
+            state = self.decode(state, sampling, controller, steps)
+            tokens, length, finish = self._fetch((state.tokens, state.length, state.finish))
+            elapsed = time.perf_counter() - started
+            first_token_seconds = first_token_seconds or elapsed
+            yield [_take(row, tokens[i], length[i], finish[i], elapsed) for i, row in enumerate(rows)]
+            if any(row.finish != finish[i] for i, row in enumerate(rows)):
+                ends = np.array([row.finish for row in rows] + [LENGTH] * (batch - len(rows)), np.int32)
+                state = state._replace(finish=jax.device_put(ends, state.finish.sharding))
+            steps = chunk
+        log = None if state.draft is None else self._fetch(state.draft.log)
+        generations = []
+        for i, row in enumerate(rows):
+            count = row.text.num_tokens
+            rounds = Rounds.plain(count) if log is None else Rounds(*(field[i, : log.rounds[i]] for field in log[1:])).cut(count)
+            token_ids = tokens[i, row.prompt_tokens :][:count].tolist()
+            reason = _FINISH_REASONS[row.finish]
+            generations.append(Generation(row.text.text, token_ids, row.prompt_tokens, reason, rounds, row.seconds, first_token_seconds))
+        return generations
+
+    def controller(self, name: str, *, batch: int = 1) -> Controller | None:
+        """The controller of that name (`eesd_jax.control.CONTROLLERS`, or `auto`, see `generate_ids`), None for `plain`.
+
+        Args:
+          batch: rows that will be generated at once; what rounds of so many rows cost is measured, where the controller needs it, the
+            first time on this machine.
+
+        Raises:
+          UserError: an unknown name or value, or nothing to draft with.
+        """
+        drafter = self.drafter
+        if name == control.AUTO:
+            name = DEFAULT_CONTROLLER if drafter else control.PLAIN
+        spec = control.parse_controller(name, drafter.draft.max_draft if drafter else DraftConfig.max_draft)
+        if spec.kind == control.PLAIN:
+            return None
+        if drafter is None:
+            raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
+        if drafter.branch is None and spec.kind not in control.WITHOUT_BRANCH:
+            expected = "expected plain, fixed:K or cost_aware, or an exit branch that is named"
+            raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; {expected}")
+        return drafter.controller(spec, timing.round_costs(self, batch) if drafter.needs_costs(spec) else None)
+
+    def prefill(
+        self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int, controller: Controller | None = None
+    ) -> DecodeState:
+        """Pads the prompts to their bucket, adds empty rows up to `batch`, and runs them through the model."""
+        options, config = self.decode_config, self.model.config
+        if batch % self._row_shares:
+            raise UserError(f"a batch of {batch} rows over a mesh whose data axis is {self._row_shares}; expected a multiple of it")
+        empty_rows = batch - len(prompts)
+        lengths = np.array([len(prompt) for prompt in prompts] + [1] * empty_rows, np.int32)
+        limits = np.array([min(len(prompt) + budget, config.context_length) for prompt in prompts] + [1] * empty_rows, np.int32)
+        drafter = self.drafter if controller is not None else None
+        # A round writes up to max_draft + 1 entries behind a row's last but one token, whatever the budget.
+        room = 0 if drafter is None else drafter.draft.max_draft + 1
+        chunk = options.prompt_buckets[-1]
+        padded, capacity = bucket_shapes(options, int(lengths.max()), int(limits.max()) + room)
+        tokens = np.zeros((batch, padded), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        numbers = np.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, np.uint32)
+
+        def run(rows: slice, padded: int) -> Prefilled:
+            keys = _row_keys(self._place_rows(numbers[rows]))
+            return _prefill(
+                config,
+                self.params,
+                self.branch if drafter else None,
+                *self._place_rows((tokens[rows, :padded], lengths[rows], limits[rows], keys)),
+                exit_layer=drafter.draft.exit_layer if drafter else config.num_layers,
+                capacity=capacity,
+                chunk=chunk,
+            )
+
+        with calls.on_mesh(self._on_mesh):
+            if calls.possible() and worth_one_by_one(options, lengths[: len(prompts)], batch):
+                own = [padded if length > chunk else padded_length(options, length) for length in lengths]
+                state, exits = one_by_one(lambda row: run(slice(row, row + 1), own[row]), len(prompts), batch)
+            else:
+                state, exits = run(slice(None), padded)
+        if controller is None:
+            return state
+        state = _start_drafting(drafter.draft, self.branch, as_argument(controller), state, exits)
+        # What it adds lies where the rest of a row does: for arrays that lie elsewhere the program would be compiled again.
+        added = self._place_rows(state.draft._replace(exit_cache=None))
+        return state._replace(draft=added._replace(exit_cache=state.draft.exit_cache))
+
+    def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
+        """Runs up to `max_steps` steps (rounds); `state` is used up."""
+        model = self.model
+        settings = _sampling_arrays(sampling, state.length.shape[0], self.rows_home)
+        eos_ids, steps = np.array(model.eos_ids, np.int32), np.int32(max_steps)
+        with calls.on_mesh(self._on_mesh):
+            if controller is None:
+                return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
+            draft = self.drafter.draft
+            return _decode_speculative(
+                model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps, self.ngrams
+            )
+
+    @property
+    def _on_mesh(self) -> bool:
+        return self._mesh is not None
+
+    @property
+    def _mesh(self) -> Mesh | None:
+        return sharding.mesh_of(self.model.params["final_norm"])
+
+    @property
+    def _row_shares(self) -> int:
+        """Into how many parts the rows of a batch are split."""
+        return 1 if self._mesh is None else self._mesh.shape["data"]
+
+    @property
+    def _spans_processes(self) -> bool:
+        return self._mesh is not None and self._mesh.is_multi_process
+
+    @property
+    def rows_home(self) -> NamedSharding | None:
+        """Where rows lie, if they are spread, or other processes have to have them as well."""
+        return sharding.decode_rows_home(self._mesh) if self._row_shares > 1 or self._spans_processes else None
+
+    def _fetch(self, tree: Any) -> Any:
+        """Arrays of a state as numpy, whole, also those whose rows other processes hold."""
+        if self._spans_processes:
+            tree = jax.jit(_as_they_are, out_shardings=NamedSharding(self._mesh, PartitionSpec()))(tree)
+        return jax.device_get(tree)
+
+    def _place_everywhere(self, array: np.ndarray) -> jax.Array:
+        """An array that all devices read."""
+        return jnp.asarray(array) if self._mesh is None else jax.device_put(array, NamedSharding(self._mesh, PartitionSpec()))
+
+    def _place_rows(self, tree: Any) -> Any:
+        """A pytree of arrays [B, ...], each row on the devices that decode it."""
+        home = self.rows_home
+        return tree if home is None else jax.device_put(tree, home)
+
+
+def _as_they_are(tree: Any) -> Any:
+    return tree
+
+
+@functools.cache
+def _sampling_arrays(config: SamplingConfig, batch: int, home: NamedSharding | None) -> Sampling:
+    return Sampling(
+        temperature=jnp.full(batch, config.temperature, jnp.float32, device=home),
+        top_k=jnp.full(batch, config.top_k, jnp.int32, device=home),
+        top_p=jnp.full(batch, config.top_p, jnp.float32, device=home),
+        min_p=jnp.full(batch, config.min_p, jnp.float32, device=home),
+    )
+
+
+def _take(row: _Row, tokens_S: np.ndarray, length: int, finish: int, elapsed: float) -> str:
+    """Moves a row's new tokens into its text, ends the row where they end it, and returns the text to show."""
+    if row.finish != RUNNING:
+        return ""
+    piece = row.text.push(tokens_S[row.prompt_tokens + row.text.num_tokens : length])
+    if finish != RUNNING and not row.text.stopped:
+        piece += row.text.close()
+    row.finish = STOPPED if row.text.stopped else int(finish)
+    row.seconds = elapsed
+    return piece

@@ -1,0 +1,301 @@
+"""Continuous batching: many responses through a fixed number of rows, where a row that is finished is given the next prompt.
+
+The jitted loop of `decode/loop.py` (or rounds of EESD) runs for a chunk of steps; then the host takes the text of finished rows, and a
+second jitted program runs the next prompts and writes their tokens, caches and settings over those rows, in place. So rows never wait for
+the slowest one. What a response says follows from its own prompt, key and temperature: the shapes of all that is computed for it (padded
+prompt, cache capacity, rows of a device) do not depend on what runs beside it. (Except with a controller that chooses one draft length for
+the batch: there sampled responses follow the same law, but not the same draws.)
+
+Several devices of this process each run their own rows (`shard_map` over the mesh's data axis); the weights may be split over the others.
+
+Axes: D devices along data, B = D * R rows, G prompts of one prefill on a device, P padded prompt, S capacity in tokens.
+"""
+
+import functools
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from eesd_jax.config import DraftConfig, RefillConfig
+from eesd_jax.decode import loop
+from eesd_jax.decode import round as speculative
+from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.sampling import Sampling
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
+from eesd_jax.engine.engine import Engine
+from eesd_jax.model import cache as kv
+from eesd_jax.model import llama, sharding
+from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.exit_branch import ExitBranch
+
+_CAPACITY_STEP = 64
+
+
+class Request(NamedTuple):
+    """index: whose response it is; its draws follow from it. prompt: token ids. temperature: 0 is greedy. limit: the most new tokens."""
+
+    index: int
+    prompt: list[int]
+    temperature: float
+    limit: int
+
+
+class Response(NamedTuple):
+    """index: of its request. tokens: int32, the new ones, with the EOS that ended them. ended: whether one did."""
+
+    index: int
+    tokens: np.ndarray
+    ended: bool
+
+
+class _Rows(NamedTuple):
+    """On the devices: the state of all rows, and how each draws."""
+
+    state: DecodeState
+    sampling: Sampling
+
+
+class _Prompts(NamedTuple):
+    """What one call of the refill program takes: G rows a device.
+
+    tokens: int32 [D * G, P]. length, limit: int32 [D * G]. index: uint32 [D * G], of the request. temperature: float32 [D * G].
+    row: int32 [D * G], where it goes among the device's own rows. count: int32 [D], how many of the G are prompts.
+    """
+
+    tokens: np.ndarray
+    length: np.ndarray
+    limit: np.ndarray
+    index: np.ndarray
+    temperature: np.ndarray
+    row: np.ndarray
+    count: np.ndarray
+
+
+class _Static(NamedTuple):
+    """What is compiled in. draft and controller are None in plain decoding."""
+
+    config: ModelConfig
+    draft: DraftConfig | None
+    controller: Controller | None
+    mesh: Mesh
+    capacity: int
+    chunk: int  # tokens of one prefill pass
+
+    @property
+    def exit_layer(self) -> int:
+        return self.draft.exit_layer if self.draft else self.config.num_layers
+
+
+def _over_data(static: _Static, function: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Each device along the data axis on its own rows; the other axes are left to the compiler."""
+    return jax.shard_map(function, mesh=static.mesh, in_specs=in_specs, out_specs=out_specs, axis_names={"data"}, check_vma=False)
+
+
+_OWN, _SHARED = PartitionSpec("data"), PartitionSpec()
+
+
+@functools.partial(jax.jit, static_argnames=("static", "rows"))
+def _empty(static: _Static, rows: int, params: llama.Params, branch: ExitBranch | None) -> _Rows:
+    """Rows without text, `rows` on each device: finished before they began."""
+
+    def build() -> _Rows:
+        dtype, capacity = params["final_norm"].dtype, static.capacity
+        ones = jnp.ones(rows, jnp.int32)
+        keys = jax.vmap(jax.random.key)(jnp.zeros(rows, jnp.uint32))
+        tokens = jnp.zeros((rows, capacity), jnp.int32)
+        cache = kv.empty(static.config, rows, capacity, dtype)
+        state = DecodeState(tokens, ones, ones * 1, ones * LENGTH, keys, cache, None)
+        if static.controller is not None:
+            exits = loop.empty_exits(static.config, branch, rows, capacity, dtype)
+            state = speculative.start_drafting(static.draft, branch, static.controller, state, exits)
+        zeros = jnp.zeros(rows)
+        return _Rows(state, Sampling(zeros, jnp.zeros(rows, jnp.int32), jnp.ones(rows), zeros * 1))
+
+    return _over_data(static, build, (), _OWN)()
+
+
+@functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("rows",))
+def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, key: jax.Array, prompts: _Prompts, rows: _Rows) -> _Rows:
+    """Runs prompts, and puts them into their rows.
+
+    Args:
+      key: of the whole run; a response's own is `fold_in(key, index)`.
+    """
+
+    def refill(params: llama.Params, branch: ExitBranch | None, key: jax.Array, prompts: _Prompts, rows: _Rows) -> _Rows:
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.index)
+        new, exits = loop.prefill(
+            static.config,
+            params,
+            branch,
+            prompts.tokens,
+            prompts.length,
+            prompts.limit,
+            keys,
+            exit_layer=static.exit_layer,
+            capacity=prompts.tokens.shape[1],  # of these rows, the rest of the caches stays as it is
+            chunk=static.chunk,
+        )
+        if static.controller is not None:
+            new = speculative.start_drafting(static.draft, branch, static.controller, new, exits)
+
+        def place(i: jax.Array, rows: _Rows) -> _Rows:
+            def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
+                one = jax.lax.dynamic_slice_in_dim(fresh, i, 1)
+                return jax.lax.dynamic_update_slice(old, one, (prompts.row[i], *[0] * (old.ndim - 1)))
+
+            temperature = write(rows.sampling.temperature, prompts.temperature)
+            return _Rows(jax.tree.map(write, rows.state, new), rows.sampling._replace(temperature=temperature))
+
+        return jax.lax.fori_loop(0, prompts.count[0], place, rows)
+
+    return _over_data(static, refill, (_SHARED, _SHARED, _SHARED, _OWN, _OWN), _OWN)(params, branch, key, prompts, rows)
+
+
+@functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("rows",))
+def _decode(
+    static: _Static, eos_ids: jax.Array, params: llama.Params, branch: ExitBranch | None, rows: _Rows, max_steps: jax.Array
+) -> _Rows:
+    """Up to `max_steps` steps (rounds) of every row."""
+
+    def decode(eos_ids: jax.Array, params: llama.Params, branch: ExitBranch | None, rows: _Rows, max_steps: jax.Array) -> _Rows:
+        if static.controller is None:
+            step = functools.partial(loop.plain_step, static.config, eos_ids, params, rows.sampling)
+        else:
+            model = (static.config, static.draft, static.controller, eos_ids, params, branch, rows.sampling)
+            step = functools.partial(speculative.round_step, *model)
+        return rows._replace(state=loop.decode(step, rows.state, max_steps))
+
+    return _over_data(static, decode, (_SHARED, _SHARED, _SHARED, _OWN, _SHARED), _OWN)(eos_ids, params, branch, rows, max_steps)
+
+
+def local_mesh(model_parallel: int = 1) -> Mesh:
+    """A mesh of this process's devices, on which the weights are split over as many of them as divides both their number and this one.
+
+    Args:
+      model_parallel: over how many devices; negative: over all.
+    """
+    devices = jax.local_devices()
+    tensor = math.gcd(model_parallel, len(devices)) if model_parallel > 0 else len(devices)
+    return sharding.make_mesh(devices, data=len(devices) // tensor, tensor=tensor)
+
+
+class Refiller:
+    """Runs requests on the devices of one mesh.
+
+    Args:
+      engine: the model; where there is a controller, with a drafter.
+      mesh: of this process's devices, with the axes of `model/sharding.py`.
+      rows: of all devices, a multiple of the mesh's data axis.
+      controller: how to draft; None for plain decoding.
+      config: shapes and pacing.
+    """
+
+    def __init__(self, engine: Engine, mesh: Mesh, rows: int, controller: Controller | None = None, config: RefillConfig = RefillConfig()):
+        model = engine.model
+        self._devices = mesh.shape["data"]
+        assert rows % self._devices == 0, (rows, self._devices)
+        self._rows = rows // self._devices
+        # Wider passes gain nothing on CPU, and would often be padded with prompts that there are not.
+        self._prefill_rows = 1 if _platform(mesh) == "cpu" else min(config.prefill_rows, self._rows)
+        self._config = config
+        self._mesh = mesh
+        self._model_config = model.config
+        everywhere, own = NamedSharding(mesh, _SHARED), NamedSharding(mesh, _OWN)
+        self._own, self._everywhere = own, everywhere
+        self._params = jax.device_put(model.params, sharding.param_shardings(model.config, mesh, model.quantize))
+        self._controller = controller
+        drafter = engine.drafter if controller is not None else None
+        self._draft = drafter.draft if drafter else None
+        self._branch = jax.device_put(drafter.branch, everywhere) if drafter else None
+        self._eos_ids = jax.device_put(np.array(model.eos_ids, np.int32), everywhere)
+        self._steps = jax.device_put(np.int32(config.chunk), everywhere)
+
+    def padded(self, prompt_tokens: int) -> int:
+        """P for a prompt of that many tokens."""
+        return _bucket(self._config.prompt_buckets, prompt_tokens)
+
+    def _room(self, request: Request) -> int:
+        """S for a request: of the bucket of its prompt, so that it depends on nothing else."""
+        # A round writes up to max_draft + 1 entries behind a row's last but one token, whatever the limit.
+        drafts = self._draft.max_draft + 1 if self._draft else 0
+        prompt = _bucket(self._config.cache_buckets, self.padded(len(request.prompt)))
+        return -(-(prompt + request.limit + drafts) // _CAPACITY_STEP) * _CAPACITY_STEP
+
+    def run(self, requests: Iterable[Request], key: jax.Array) -> Iterator[Response]:
+        """Yields every request's response, in the order in which they end.
+
+        Args:
+          requests: any number; each prompt is at least one token, and prompt and limit fit into the model's context.
+          key: PRNG key; a response's draws follow from it and the request's index.
+        """
+        by_room: dict[int, list[Request]] = {}
+        for request in requests:
+            by_room.setdefault(self._room(request), []).append(request)
+        for room, some in sorted(by_room.items()):
+            # Greedy ones first: a step in which every row is greedy is cheaper. Then by padded length, which one prefill has in common.
+            some.sort(key=lambda request: (request.temperature > 0, self.padded(len(request.prompt)), request.index))
+            yield from self._run(deque(some), room, key)
+
+    def _run(self, queue: deque[Request], capacity: int, key: jax.Array) -> Iterator[Response]:
+        chunk = self._config.prompt_buckets[-1]
+        static = _Static(self._model_config, self._draft, self._controller, self._mesh, capacity, chunk)
+        key = jax.device_put(key, self._everywhere)
+        rows = _empty(static, self._rows, self._params, self._branch)
+        owners: list[Request | None] = [None] * (self._devices * self._rows)
+        ended: list[Response] = []
+        while queue or any(owners):
+            while queue and not all(owners):
+                prompts = self._take(queue, owners)
+                rows = _refill(static, self._params, self._branch, key, jax.device_put(prompts, self._own), rows)
+            rows = _decode(static, self._eos_ids, self._params, self._branch, rows, self._steps)
+            yield from ended  # while the devices work
+            length, finish = jax.device_get((rows.state.length, rows.state.finish))
+            done = [i for i, owner in enumerate(owners) if owner and finish[i] != RUNNING]
+            tokens = jax.device_get(rows.state.tokens) if done else None
+            ended = [Response(owners[i].index, tokens[i, len(owners[i].prompt) : length[i]], bool(finish[i] == EOS)) for i in done]
+            for i in done:
+                owners[i] = None
+        yield from ended
+
+    def _take(self, queue: deque[Request], owners: list[Request | None]) -> _Prompts:
+        """The next prompts of one padded length, given to free rows, whose owners they become."""
+        count, padded = self._prefill_rows, self.padded(len(queue[0].prompt))
+        size = self._devices * count
+        prompts = _Prompts(
+            tokens=np.zeros((size, padded), np.int32),
+            length=np.ones(size, np.int32),
+            limit=np.ones(size, np.int32),
+            index=np.zeros(size, np.uint32),
+            temperature=np.zeros(size, np.float32),
+            row=np.zeros(size, np.int32),
+            count=np.zeros(self._devices, np.int32),
+        )
+        for device in range(self._devices):
+            for row in range(self._rows):
+                owner = device * self._rows + row
+                full = prompts.count[device] == count or not queue or self.padded(len(queue[0].prompt)) != padded
+                if full or owners[owner] is not None:
+                    continue
+                request = owners[owner] = queue.popleft()
+                place, length = device * count + prompts.count[device], len(request.prompt)
+                prompts.tokens[place, :length] = request.prompt
+                prompts.length[place], prompts.limit[place] = length, length + request.limit
+                prompts.index[place], prompts.temperature[place], prompts.row[place] = request.index, request.temperature, row
+                prompts.count[device] += 1
+        return prompts
+
+
+def _platform(mesh: Mesh) -> str:
+    return mesh.devices.flat[0].platform
+
+
+def _bucket(sizes: tuple[int, ...], needed: int) -> int:
+    """The least of the sizes that is enough, or a multiple of the last one."""
+    return next((size for size in sizes if needed <= size), -(-needed // sizes[-1]) * sizes[-1])

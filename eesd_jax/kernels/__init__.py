@@ -1,0 +1,1 @@
+"""Faster implementations of what `model/` computes; everything runs without them."""

@@ -1,0 +1,1 @@
+"""Programs for chips that are not there: memory, traffic and time before anything is run."""
