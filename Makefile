@@ -18,7 +18,7 @@ test-slow: $(VENV)/.installed-test
 
 # The planted bugs alone, which must be seen.
 test-planted: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses=auto -m slow -k "planted or seen" tests/test_losslessness.py tests/test_round.py
+	$(BIN)/python -m pytest --numprocesses=auto -m slow -k "planted or seen" tests/decode/test_losslessness.py tests/decode/test_round.py
 
 # The tests that need the built-in model, but for the longest.
 test-demo: $(VENV)/.installed-test

@@ -5,7 +5,8 @@
 
 The file is sparse: a header, and nothing behind it, so it takes no disk; reading it gives zeros. Processes are run one after the other,
 as a machine without the memory for all of them can: each has all devices of the mesh, virtual ones, loads through the library's own code,
-and keeps what its own devices would hold. What devices would send each other is left out. `tests/test_weights.py` loads in real processes.
+and keeps what its own devices would hold. What devices would send each other is left out; `tests/weights/test_weights.py`
+loads in real processes.
 
 Read are bytes asked of the file; memory is the peak above what the process had before, without the pages of the file that the kernel keeps
 for it, and takes back when it needs them (shown beside it).

@@ -29,7 +29,7 @@ from eesd_jax.errors import UserError
 from eesd_jax.model import sharding
 from eesd_jax.model.exit_branch import init_exit_branch
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "train" / "self_generate.py"
+SCRIPT = pathlib.Path(__file__).parent.parent.parent / "train" / "self_generate.py"
 PACING = RefillConfig(prompt_buckets=(16, 32), cache_buckets=(32, 64), chunk=4, prefill_rows=3)
 BUDGET = 18
 

@@ -26,8 +26,8 @@ from eesd_jax.weights.branch_folder import INFO_NAME, TENSORS_NAME
 
 pytestmark = pytest.mark.slow
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "train" / "distill.py"
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "tiny.py"
+SCRIPT = pathlib.Path(__file__).parent.parent.parent / "train" / "distill.py"
+CONFIG = pathlib.Path(__file__).parent.parent.parent / "configs" / "tiny.py"
 KILLS = 12
 STEPS = 150
 PATIENCE = 300  # seconds, for a machine that does other things as well

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 import eesd_jax
-from eesd_jax import UserError
+from eesd_jax import UserError, cli
 from eesd_jax.cluster import lifeline, processes
 from eesd_jax.cluster.lifeline import GONE, Lifeline
 from eesd_jax.cluster.processes import Facts, check_devices, check_same, check_shared, flatten, source_hashes
@@ -216,3 +216,8 @@ def test_nobody_wonders_about_who_has_left(lines, capfd):
         cut(line)
     assert not any(line.end.wait(0.5) for line in lines)
     assert capfd.readouterr().err == ""
+
+
+def test_commands_find_the_processes_that_run_together():
+    # By a name in `sys.modules`, so that JAX is not imported for it; if that name were wrong, every process would write.
+    assert cli._processes() is processes

@@ -1,6 +1,7 @@
 """A program is compiled once for its batch, bucket and controller, on one device and on a mesh, whatever is asked of it."""
 
 import dataclasses
+import pathlib
 
 import compiled
 import pytest
@@ -102,3 +103,12 @@ def test_what_measures_costs_and_other_numbers_are_the_same_program(lm: Engine):
             drafted = [sum(text.drafted for text in lm.generate_ids(PROMPTS[0], seeds=[0, 0], controller=one)) for one in controllers]
             assert drafted[0] < drafted[1]
             assert counts["_decode_speculative"] == programs
+
+
+def test_costs_belong_to_all_code_that_decodes():
+    package = pathlib.Path(eesd_jax.__file__).parent
+    covered = {file.relative_to(package).as_posix() for file in timing.code_files()}
+    rooms = ("model", "kernels", "decode", "engine")
+    assert {file.relative_to(package).as_posix() for room in rooms for file in (package / room).rglob("*.py")} <= covered
+    # Files that would be missed first if rooms moved or were not gone down into.
+    assert {"engine/engine.py", "engine/timing.py", "decode/round.py", "decode/sources/bandit.py", "kernels/cpu/tiles.py"} <= covered

@@ -8,7 +8,7 @@ import pytest
 
 import eesd_jax
 
-RECORDS = json.loads((pathlib.Path(__file__).parent / "golden" / "greedy.json").read_text(encoding="utf-8"))["records"]
+RECORDS = json.loads((pathlib.Path(__file__).parent.parent / "golden" / "greedy.json").read_text(encoding="utf-8"))["records"]
 TIE = 1e-3  # two implementations round differently: where the two best logits are closer than this, either may win
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from eesd_jax.bench.report import figure
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
 def report(folder: pathlib.Path, *arguments: str) -> subprocess.CompletedProcess[str]:

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parent.parent.parent
 CONTROLLERS = ("plain", "fixed:2", "threshold:0.6", "beta", "beta:plain", "calibrated", "cost_aware")
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from eesd_jax.weights import hub
 
-SCRIPT = pathlib.Path(__file__).parent.parent / "infer" / "generate.py"
+SCRIPT = pathlib.Path(__file__).parent.parent.parent / "infer" / "generate.py"
 
 IMPORTED_BY = """
 import runpy, sys
