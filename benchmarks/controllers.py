@@ -31,7 +31,7 @@ from eesd_jax import cli
 from eesd_jax.config import ControllerConfig
 from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
-from eesd_jax.engine.timing import RoundCosts
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS

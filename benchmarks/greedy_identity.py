@@ -30,11 +30,12 @@ from eesd_jax.bench.record import Answer, Journal, Run
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig
 from eesd_jax.decode import control
 from eesd_jax.decode.controllers import Calibration
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
 from eesd_jax.engine.generation import Generation, Rounds
 from eesd_jax.engine.prompts import read_prompts
-from eesd_jax.engine.timing import RoundCosts, code_fingerprint
+from eesd_jax.engine.timing import code_fingerprint
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama
 from eesd_jax.model.config import ModelConfig

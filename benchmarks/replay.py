@@ -32,11 +32,11 @@ from eesd_jax.bench.record import Journal
 from eesd_jax.config import LONGEST_MATCH, ControllerConfig
 from eesd_jax.decode import control
 from eesd_jax.decode.controllers import Calibration
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources import lookup, ngrams
 from eesd_jax.decode.sources.bandit import Arms
 from eesd_jax.engine.engine import Engine
 from eesd_jax.engine.prompts import read_prompts
-from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 

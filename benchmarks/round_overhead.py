@@ -36,6 +36,7 @@ from eesd_jax.bench import report
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import accept, control
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import timing
@@ -209,7 +210,7 @@ def made_up_controller(name: str, max_draft: int) -> Controller:
     """The controller of that name; `forced` for one that computes nothing."""
     if name == "forced":
         return Fixed(0)
-    costs = timing.RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
+    costs = RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
     spec = control.parse_controller(name, max_draft)
     return control.build_controller(spec, ControllerConfig(), Calibration(), costs)
 

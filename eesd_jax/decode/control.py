@@ -10,7 +10,7 @@ from eesd_jax.errors import UserError
 
 if TYPE_CHECKING:
     from eesd_jax.decode.controllers import Calibration, Controller
-    from eesd_jax.engine.timing import RoundCosts
+    from eesd_jax.decode.costs import RoundCosts
 
 PLAIN = "plain"  # no speculation
 AUTO = "auto"  # the default controller where something drafts, else plain

@@ -1,7 +1,7 @@
 """What drafts the tokens that the target checks: an exit branch, lookup, or both."""
 
 import dataclasses
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -9,13 +9,11 @@ from jax.sharding import Mesh
 from eesd_jax.config import ControllerConfig, DraftConfig
 from eesd_jax.decode import control
 from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.errors import UserError
 from eesd_jax.model.exit_branch import ExitBranch
 from eesd_jax.weights.branch_folder import BranchFolder
 from eesd_jax.weights.load import LoadedModel
-
-if TYPE_CHECKING:
-    from eesd_jax.engine.timing import RoundCosts
 
 
 class Drafter(NamedTuple):
@@ -44,7 +42,7 @@ class Drafter(NamedTuple):
         """Whether the controller of that spec is built from measured costs."""
         return control.needs_costs(spec, **self._sources)
 
-    def controller(self, spec: control.ControllerSpec, costs: "RoundCosts | None") -> Controller | None:
+    def controller(self, spec: control.ControllerSpec, costs: RoundCosts | None) -> Controller | None:
         """The controller of that spec for these sources; None for plain decoding."""
         candidates = self.draft.candidates
         return control.build_controller(spec, ControllerConfig(), self.calibration, costs, **self._sources, candidates=candidates)

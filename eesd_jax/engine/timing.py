@@ -15,7 +15,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +26,7 @@ from eesd_jax.cluster.hardware import cpu_name
 from eesd_jax.config import SamplingConfig
 from eesd_jax.decode import control
 from eesd_jax.decode.controllers import Controller, Fixed
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine.prefill import bucket_shapes
 from eesd_jax.model import sharding
@@ -37,13 +38,6 @@ if TYPE_CHECKING:
 PROMPT_TOKENS = 32
 ROUNDS = 8  # timed together, behind one that is not: starting a program costs as much as some rounds do
 REPEATS = 7  # of which the median counts
-
-
-class RoundCosts(NamedTuple):
-    """Seconds of a round with 0, 1, ... max_draft drafts. exit: of the exit branch. look_up: from lookup; empty where there is none."""
-
-    exit: tuple[float, ...]
-    look_up: tuple[float, ...]
 
 
 def round_costs(engine: "Engine", batch: int) -> RoundCosts:

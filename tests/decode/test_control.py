@@ -12,10 +12,10 @@ from eesd_jax.config import ControllerConfig, DraftConfig
 from eesd_jax.decode import control
 from eesd_jax.decode.control import ControllerSpec, build_controller, parse_controller
 from eesd_jax.decode.controllers import Beta, Calibrated, Calibration, CostAware, Fixed, Threshold
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources.bandit import Arms
 from eesd_jax.engine import timing
 from eesd_jax.engine.drafter import Drafter
-from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.model.exit_branch import init_exit_branch
 

@@ -12,9 +12,9 @@ from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import ControllerConfig
 from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources.bandit import Arms
 from eesd_jax.engine import timing
-from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.model.sharding import make_mesh

@@ -14,10 +14,10 @@ from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError
 from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DraftConfig
 from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources import ngrams
 from eesd_jax.engine import engine as programs
 from eesd_jax.engine.drafter import Drafter
-from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import exit_branch
 from eesd_jax.model.sharding import make_mesh

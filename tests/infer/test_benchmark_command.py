@@ -23,6 +23,7 @@ from eesd_jax.bench import record as journal
 from eesd_jax.bench import run as benchmark
 from eesd_jax.config import DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.engine import timing
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
@@ -441,7 +442,7 @@ class SlowEngine(Engine):
 
 
 def test_the_plain_step_is_priced_relative_to_a_round(engine, monkeypatch):
-    monkeypatch.setattr(timing, "round_costs", lambda engine, batch: timing.RoundCosts((6.0, 7.0, 8.0), (6.0, 6.5, 7.0)))
+    monkeypatch.setattr(timing, "round_costs", lambda engine, batch: RoundCosts((6.0, 7.0, 8.0), (6.0, 6.5, 7.0)))
     costs = benchmark.measure_costs(SlowEngine(engine.model, engine.decode_config, engine.drafter), 1)
     assert (costs.rounds, costs.look_up) == ((6.0, 7.0, 8.0), (6.0, 6.5, 7.0))
     assert costs.plain == pytest.approx(4.0, rel=0.3)

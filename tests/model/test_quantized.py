@@ -18,9 +18,9 @@ from eesd_jax import Engine, UserError
 from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig
 from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.scheduler import Refiller, Request
-from eesd_jax.engine.timing import RoundCosts
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu import codes as cpu_codes
 from eesd_jax.model import exit_branch, llama, quantized, sharding
