@@ -67,9 +67,72 @@ def test_rope_of_transformers_4_and_5():
     assert old.rope.attention_factor == pytest.approx(0.1 * math.log(2) + 1)
 
 
+def scaled(kind: str, factor: float | None = 4.0, original: int | None = None, **more) -> dict:
+    scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": original} | more
+    return {"rope_scaling": {name: value for name, value in scaling.items() if value is not None}}
+
+
+@pytest.mark.parametrize(
+    ("stated", "fields", "context"),
+    [
+        (64, {}, 64),
+        (64, {"rope_scaling": {"rope_type": "default", "factor": 4.0}}, 64),
+        (64, scaled("yarn", original=64), 256),  # Qwen2.5's model card
+        (256, scaled("yarn", original=64), 256),  # already scaled
+        (80, scaled("yarn", original=64), 256),  # Qwen3 states some room for answers
+        (64, scaled("yarn"), 256),
+        (256, scaled("yarn", factor=None, original=64), 256),
+        (64, {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64}, 256),
+        (64, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}}, 256),
+        (64, scaled("linear"), 256),  # Vicuna-16k
+        (64, scaled("linear", original=64), 256),
+        (256, scaled("linear", original=64), 256),
+        (64, scaled("linear", factor=2.5), 160),
+        (64, scaled("linear", factor=1.0), 64),
+        (256, scaled("llama3", factor=8.0, original=64), 256),  # Llama 3.1 states the product, and 3.2 less than it
+        (64, scaled("llama3", factor=8.0, original=64), 64),
+    ],
+)
+def test_context_is_what_the_extension_makes_possible(stated, fields, context):
+    assert tiny.config(max_position_embeddings=stated, **fields).context_length == context
+
+
+def test_an_extension_added_to_rope_parameters_keeps_what_they_say():
+    parameters = {"rope_type": "default", "rope_theta": 5e5}
+    config = tiny.config(rope_theta=None, rope_parameters=parameters, rope_scaling={"type": "linear", "factor": 2.0})
+    assert (config.rope.theta, config.rope.kind, config.rope.factor) == (5e5, "linear", 2.0)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear'; expected an object such as"),
+        ({"rope_scaling": ["linear", 4.0]}, "rope_scaling is .'linear', 4.0.; expected an object"),
+        ({"rope_scaling": 4.0}, "rope_scaling is 4.0; expected an object"),
+        ({"rope_parameters": "default"}, "rope_parameters is 'default'; expected an object"),
+        ({"rope_scaling": {"type": 3}}, "rope scaling 3 is not supported"),
+        ({"rope_scaling": {"type": ["linear"]}}, "rope scaling .'linear'. is not supported"),
+        ({"rope_scaling": {"type": "divisors"}}, "no rope frequency divisors; expected 4"),
+        ({"rope_scaling": {"type": "divisors", "divisors": [1, 2, "3", 4]}}, "a rope frequency divisor is '3'"),
+        (scaled("longrope"), "'longrope' is not supported"),
+        (scaled("linear", factor=1e300), "makes a context of 1.28e.302 tokens; expected 2147483647 at most"),
+        (scaled("yarn", original=0.5), "original_max_position_embeddings is below 1"),
+        (scaled("yarn") | {"rope_theta": 1.0}, "rope_theta is 1.0; expected more than 1"),
+        (scaled("llama3", low_freq_factor=4.0), "high_freq_factor is 4.0; expected more than low_freq_factor, 4.0"),
+        ({"model_type": ["llama"]}, "architecture .'llama'. is not supported"),
+        ({"hidden_act": ["silu"]}, "hidden_act .'silu'. is not supported"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
+        ({"attention_bias": 1}, "attention_bias is 1; expected true or false"),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": "no"}, "use_sliding_window is 'no'"),
+        ({"model_type": "qwen2", "sliding_window": 8, "use_sliding_window": True, "max_window_layers": "1"}, "max_window_layers is '1'"),
+        ({"model_type": "mistral", "sliding_window": 0.5}, "sliding_window is 0.5; expected a positive integer"),
+        ({"model_type": "mistral", "sliding_window": 8, "layer_types": "full"}, "layer_types has 'full' for 3 layers"),
+        (
+            {"model_type": "mistral", "sliding_window": 8, "layer_types": ["a", "b", "c"]},
+            "layer_types has 'a'; expected 'sliding_attention'",
+        ),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected 10000 at most"),
+        ({"vocab_size": 10**30}, "vocab_size is 10*; expected 2147483647 at most"),
         ({"hidden_size": None}, "hidden_size is None; expected a positive integer"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),

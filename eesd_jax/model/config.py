@@ -23,11 +23,19 @@ SUPPORTED_ARCHITECTURES = {
 SUPPORTED_ROPE = ("default", "linear", "llama3", "yarn")  # and "divisors", which only GGUF files have
 # What a `config.json` that leaves a field out means by that, where it is not the same for every architecture (as in transformers).
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32_768, "num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "head_dim": 128,
+    },
 }
+_LARGEST = 2**31 - 1  # sizes and positions are counted in int32
+_MOST_LAYERS = 10_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +61,11 @@ class RopeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The static shape of a target model. Sizes are counts; `windows` has one entry a block (None: attends to everything before it)."""
+    """The static shape of a target model.
+
+    Sizes are counts. `context_length` is what the model can be used with, its extension included. `windows` has one entry a block (None:
+    attends to everything before it).
+    """
 
     architecture: str
     vocab_size: int
@@ -85,55 +97,84 @@ class ModelConfig:
           UserError: an architecture, rope kind or activation that is not supported, or a field missing or contradictory.
         """
         kind = hf.get("model_type")
-        if kind not in SUPPORTED_ARCHITECTURES:
+        if not isinstance(kind, str) or kind not in SUPPORTED_ARCHITECTURES:
             supported = "; ".join(f"{name}: {what}" for name, what in SUPPORTED_ARCHITECTURES.items())
             raise UserError(f"{source}: architecture {kind!r} is not supported; supported are {supported}")
         if quantization := hf.get("quantization_config"):
             raise UserError(f"{source}: quantization_config {quantization} is not supported; expected plain weights, or a GGUF file")
-        hf = _HF_DEFAULTS[kind] | hf
-        activation = hf.get("hidden_act", "silu")
+        fields = _Fields(_HF_DEFAULTS[kind] | hf, source)
+        activation = fields.get("hidden_act") or "silu"
         if activation not in ("silu", "swish"):
             raise UserError(f"{source}: hidden_act {activation!r} is not supported; expected 'silu'")
-
-        def size(name: str, default: int | None = None) -> int:
-            value = hf.get(name)
-            value = default if value is None else value
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise UserError(f"{source}: {name} is {value!r}; expected a positive integer")
-            return value
-
-        hidden_size, num_heads = size("hidden_size"), size("num_attention_heads")
-        num_layers, num_kv_heads = size("num_hidden_layers"), size("num_key_value_heads", default=num_heads)
-        if num_heads % num_kv_heads:
-            raise UserError(f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
-        if not hf.get("head_dim") and hidden_size % num_heads:
-            raise UserError(
-                f"{source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
-            )
-        head_dim = size("head_dim", default=hidden_size // num_heads)
-        if head_dim % 2:
-            raise UserError(f"{source}: head_dim is {head_dim}; rotary embeddings need an even number")
-        context_length = size("max_position_embeddings")
-        attention_bias = bool(hf.get("attention_bias", False)) and kind in ("llama", "qwen3")
+        sizes = _heads(fields)
+        num_layers = fields.size("num_hidden_layers", most=_MOST_LAYERS)
+        rope, context_length = _rope_from_hf(fields, sizes["head_dim"])
+        attention_bias = fields.flag("attention_bias") and kind in ("llama", "qwen3")
         return cls(
             architecture=kind,
-            vocab_size=size("vocab_size"),
+            vocab_size=fields.size("vocab_size"),
             num_layers=num_layers,
-            hidden_size=hidden_size,
-            num_heads=num_heads,
-            num_kv_heads=num_kv_heads,
-            head_dim=head_dim,
-            intermediate_size=size("intermediate_size"),
-            norm_eps=_positive(hf.get("rms_norm_eps", 1e-6), "rms_norm_eps", source),
-            rope=_rope_from_hf(hf, context_length, head_dim, source),
+            **sizes,
+            intermediate_size=fields.size("intermediate_size"),
+            norm_eps=fields.positive("rms_norm_eps", 1e-6),
+            rope=rope,
             context_length=context_length,
-            tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-            windows=_windows_from_hf(hf, kind, num_layers, source),
+            tie_embeddings=fields.flag("tie_word_embeddings"),
+            windows=_windows_from_hf(fields, kind, num_layers),
             qkv_bias=attention_bias or kind == "qwen2",
             out_bias=attention_bias,
-            mlp_bias=bool(hf.get("mlp_bias", False)) and kind == "llama",
+            mlp_bias=fields.flag("mlp_bias") and kind == "llama",
             qk_norm=kind == "qwen3",
         )
+
+
+class _Fields:
+    """Fields of a `config.json`, each checked as it is read; null is a field left out.
+
+    Raises:
+      UserError: from every method, naming the field, its value, and what was expected.
+    """
+
+    def __init__(self, values: dict[str, Any], source: str):
+        self._values, self.source = values, source
+
+    def get(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def size(self, name: str, default: int | None = None, most: int = _LARGEST) -> int:
+        value = self.get(name)
+        value = default if value is None else value
+        if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+            raise UserError(f"{self.source}: {name} is {value!r}; expected a positive integer")
+        if value > most:
+            raise UserError(f"{self.source}: {name} is {value}; expected {most} at most")
+        return value
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if not isinstance(value, bool | None):  # the text "false" would be true
+            raise UserError(f"{self.source}: {name} is {value!r}; expected true or false")
+        return bool(value)
+
+    def positive(self, name: str, default: float | None) -> float | None:
+        value = self.get(name)
+        value = default if value is None else value
+        return None if value is None else _positive(value, name, self.source)
+
+
+def _heads(fields: _Fields) -> dict[str, int]:
+    hidden_size, num_heads = fields.size("hidden_size"), fields.size("num_attention_heads")
+    num_kv_heads, source = fields.size("num_key_value_heads", default=num_heads), fields.source
+    if num_heads % num_kv_heads:
+        raise UserError(f"{source}: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}")
+    if not fields.get("head_dim") and hidden_size % num_heads:
+        raise UserError(
+            f"{source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
+        )
+    head_dim = fields.size("head_dim", default=hidden_size // num_heads)
+    if head_dim % 2:
+        raise UserError(f"{source}: head_dim is {head_dim}; rotary embeddings need an even number")
+    return {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
 
 
 def _positive(value: Any, name: str, source: str) -> float:
@@ -142,46 +183,97 @@ def _positive(value: Any, name: str, source: str) -> float:
     return float(value)
 
 
-def _rope_from_hf(hf: dict[str, Any], context_length: int, head_dim: int, source: str) -> RopeConfig:
-    # transformers 5 writes rope_parameters (theta included); 4 wrote rope_theta and rope_scaling.
-    scaling = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    if per_type := [name for name, value in scaling.items() if isinstance(value, dict)]:
-        raise UserError(f"{source}: rope parameters for each layer type ({', '.join(per_type)}) are not supported")
+def _rope_from_hf(fields: _Fields, head_dim: int) -> tuple[RopeConfig, int]:
+    """The rotary embedding, and the context that it makes possible."""
+    source, stated = fields.source, fields.size("max_position_embeddings")
+    scaling = _rope_fields(fields)
 
     def number(name: str, default: float | None) -> float | None:
-        value = scaling.get(name) or hf.get(name)  # null and 0 leave it to the default, as in transformers
+        value = scaling.get(name) or fields.get(name)  # null and 0 leave it to the default, as in transformers
         return _positive(value, name, source) if value else default
 
     partial = number("partial_rotary_factor", 1.0)
     if partial != 1.0:
         raise UserError(f"{source}: partial_rotary_factor is {partial}; only 1.0 is supported")
     theta = number("rope_theta", RopeConfig.theta)
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind == "divisors":
-        divisors = tuple(scaling["divisors"])
-        if len(divisors) != head_dim // 2:
-            raise UserError(f"{source}: {len(divisors)} rope frequency divisors; expected {head_dim // 2}, half of head_dim")
-        return RopeConfig(theta=theta, kind=kind, divisors=divisors)
+        return RopeConfig(theta=theta, kind=kind, divisors=_divisors(scaling, head_dim, source)), stated
     if kind not in SUPPORTED_ROPE:
         raise UserError(f"{source}: rope scaling {kind!r} is not supported; supported are {', '.join(SUPPORTED_ROPE)}")
     if kind == "default":
-        return RopeConfig(theta=theta)
+        return RopeConfig(theta=theta), stated
     original = number("original_max_position_embeddings", None)
-    factor = number("factor", context_length / original if kind == "yarn" and original else None)
+    factor = number("factor", stated / original if kind == "yarn" and original else None)
     if factor is None:
         raise UserError(f"{source}: rope scaling {kind!r} has no 'factor'")
-    return RopeConfig(
+    rope = RopeConfig(
         theta=theta,
         kind=kind,
         factor=factor,
-        original_context=int(original or context_length),
+        original_context=int(original or stated),
         low_freq_factor=number("low_freq_factor", RopeConfig.low_freq_factor),
         high_freq_factor=number("high_freq_factor", RopeConfig.high_freq_factor),
         beta_fast=number("beta_fast", RopeConfig.beta_fast),
         beta_slow=number("beta_slow", RopeConfig.beta_slow),
         attention_factor=number("attention_factor", _yarn_attention_factor(number, factor)) if kind == "yarn" else 1.0,
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=scaling.get("truncate") is not False,
     )
+    _check_rope(rope, source)
+    return rope, _extended_context(rope, stated, source)
+
+
+def _rope_fields(fields: _Fields) -> dict[str, Any]:
+    """What a config says of rotary embeddings: `rope_scaling` of transformers 4 beside or over the `rope_parameters` of transformers 5."""
+    found: dict[str, Any] = {}
+    for name in ("rope_parameters", "rope_scaling"):
+        value = fields.get(name)
+        if value is not None and not isinstance(value, dict):
+            raise UserError(
+                f'{fields.source}: {name} is {value!r}; expected an object such as {{"rope_type": "linear", "factor": 2.0}}, or null'
+            )
+        value = value or {}
+        if per_type := [key for key, inner in value.items() if isinstance(inner, dict)]:
+            raise UserError(f"{fields.source}: rope parameters for each layer type ({', '.join(per_type)}) are not supported")
+        if "type" in value or "rope_type" in value:  # which then stands for both spellings of the other one
+            found = {key: inner for key, inner in found.items() if key not in ("type", "rope_type")}
+        found |= {key: inner for key, inner in value.items() if inner is not None}
+    return found
+
+
+def _divisors(scaling: dict[str, Any], head_dim: int, source: str) -> tuple[float, ...]:
+    divisors = scaling.get("divisors")
+    if not isinstance(divisors, (list, tuple)) or len(divisors) != head_dim // 2:
+        count = len(divisors) if isinstance(divisors, (list, tuple)) else "no"
+        raise UserError(f"{source}: {count} rope frequency divisors; expected {head_dim // 2}, half of head_dim")
+    return tuple(_positive(divisor, "a rope frequency divisor", source) for divisor in divisors)
+
+
+def _check_rope(rope: RopeConfig, source: str) -> None:
+    """Raises UserError where the frequencies would come of a division by zero."""
+    if rope.original_context < 1:
+        raise UserError(f"{source}: original_max_position_embeddings is below 1; expected a number of positions")
+    if rope.kind == "yarn" and rope.theta <= 1:
+        raise UserError(f"{source}: rope_theta is {rope.theta}; expected more than 1 for rope scaling 'yarn'")
+    if rope.kind == "llama3" and rope.high_freq_factor <= rope.low_freq_factor:
+        raise UserError(
+            f"{source}: high_freq_factor is {rope.high_freq_factor}; expected more than low_freq_factor, {rope.low_freq_factor}"
+        )
+
+
+def _extended_context(rope: RopeConfig, stated: int, source: str) -> int:
+    """How many positions a model is good for, where its config scales rotary embeddings.
+
+    With `linear` and `yarn`, `max_position_embeddings` is in some files what the model was first trained with (Qwen2.5, Vicuna-16k: their
+    model cards and vLLM multiply it), in others the product already: `original_max_position_embeddings` tells. Files of `llama3` state the
+    product.
+    """
+    if rope.kind not in ("linear", "yarn"):
+        return stated
+    extended = rope.original_context * rope.factor
+    if extended > _LARGEST:
+        raise UserError(f"{source}: rope scaling by {rope.factor:g} makes a context of {extended:.3g} tokens; expected {_LARGEST} at most")
+    return max(stated, round(extended))
 
 
 def _yarn_attention_factor(number: Callable[[str, float | None], float | None], factor: float) -> float:
@@ -194,15 +286,19 @@ def _yarn_attention_factor(number: Callable[[str, float | None], float | None], 
     return scale(mscale) / scale(mscale_all_dim) if mscale and mscale_all_dim else scale(1.0)
 
 
-def _windows_from_hf(hf: dict[str, Any], kind: str, num_layers: int, source: str) -> tuple[int | None, ...]:
-    window = hf.get("sliding_window")
-    is_qwen = kind.startswith("qwen")
-    if kind == "llama" or window is None or (is_qwen and not hf.get("use_sliding_window", False)):
+def _windows_from_hf(fields: _Fields, kind: str, num_layers: int) -> tuple[int | None, ...]:
+    is_qwen, source = kind.startswith("qwen"), fields.source
+    if kind == "llama" or fields.get("sliding_window") is None or (is_qwen and not fields.flag("use_sliding_window")):
         return (None,) * num_layers
-    window = int(_positive(window, "sliding_window", source))
-    if layer_types := hf.get("layer_types"):
-        if len(layer_types) != num_layers:
-            raise UserError(f"{source}: layer_types has {len(layer_types)} entries for {num_layers} layers")
+    window = fields.size("sliding_window")
+    if layer_types := fields.get("layer_types"):
+        if not isinstance(layer_types, list) or len(layer_types) != num_layers:
+            found = f"{len(layer_types)} entries" if isinstance(layer_types, list) else repr(layer_types)
+            raise UserError(f"{source}: layer_types has {found} for {num_layers} layers")
+        if other := [name for name in layer_types if name not in ("sliding_attention", "full_attention")]:
+            raise UserError(f"{source}: layer_types has {other[0]!r}; expected 'sliding_attention' or 'full_attention'")
         return tuple(window if name == "sliding_attention" else None for name in layer_types)
-    first_windowed = hf["max_window_layers"] if is_qwen else 0
+    first_windowed = fields.get("max_window_layers") if is_qwen else 0
+    if not isinstance(first_windowed, int):
+        raise UserError(f"{source}: max_window_layers is {first_windowed!r}; expected a number of layers")
     return tuple(window if layer >= first_windowed else None for layer in range(num_layers))

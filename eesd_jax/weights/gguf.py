@@ -200,12 +200,14 @@ class GGUFSource:
         }
 
     def _rope_scaling(self) -> dict[str, Any]:
+        prefix = f"{self.architecture}.rope.scaling"
+        factor = self.field(f"{prefix}.factor") or self.field(f"{self.architecture}.rope.scale_linear")  # the second in files of 2023
+        kind = self.field(f"{prefix}.type", "linear" if factor else "none")
         # Llama 3 files carry the result of its scaling as divisors of the frequencies, not its parameters.
         if self._rope_factors is not None:
+            if kind != "none" and factor not in (None, 1.0):
+                raise UserError(f"{self.description}: rope scaling {kind!r} beside {_ROPE_FACTORS} is not supported; expected one of them")
             return {"rope_type": "divisors", "divisors": self._rope_factors}
-        prefix = f"{self.architecture}.rope.scaling"
-        factor = self.field(f"{prefix}.factor")
-        kind = self.field(f"{prefix}.type", "linear" if factor else "none")
         return {
             "rope_type": "default" if kind == "none" else kind,
             "factor": factor,

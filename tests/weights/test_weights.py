@@ -149,6 +149,10 @@ def test_rope_divisors_of_gguf_equal_llama3_scaling(tmp_path):
         ({"type": "linear", "factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         ({"factor": 4.0}, {"rope_type": "linear", "factor": 4.0}),
         (
+            {"type": "yarn", "factor": 4.0, "original_context_length": 128},
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128},
+        ),
+        (
             {"type": "yarn", "factor": 4.0, "original_context_length": 32, "yarn_beta_fast": 16.0, "yarn_attn_factor": 0.5},
             {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "beta_fast": 16.0, "attention_factor": 0.5},
         ),
@@ -157,7 +161,14 @@ def test_rope_divisors_of_gguf_equal_llama3_scaling(tmp_path):
 def test_rope_scaling_of_gguf(tmp_path, fields, scaling):
     hf = tiny.hf_config("qwen2")
     file = tiny.write_gguf(tmp_path / "model.gguf", hf, fields={f"qwen2.rope.scaling.{name}": value for name, value in fields.items()})
-    assert load(file).config.rope == ModelConfig.from_hf(hf | {"rope_scaling": scaling}, "tiny").rope
+    config, expected = load(file).config, ModelConfig.from_hf(hf | {"rope_scaling": scaling}, "tiny")
+    assert (config.rope, config.context_length) == (expected.rope, expected.context_length)
+
+
+def test_linear_scaling_as_the_first_gguf_files_spell_it(tmp_path):
+    file = tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config(), fields={"llama.rope.scale_linear": 4.0})
+    expected = tiny.config(rope_scaling={"rope_type": "linear", "factor": 4.0})
+    assert (load(file).config.rope, load(file).config.context_length) == (expected.rope, 4 * 128)
 
 
 def test_end_tokens_come_from_every_file_that_names_some(tmp_path):
