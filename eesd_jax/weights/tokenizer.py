@@ -1,17 +1,21 @@
-"""Tokenizers: from a Hugging Face folder, or built from the fields of a GGUF file without PyTorch.
+"""Tokenizers: of a Hugging Face folder, as its files say, or built from the fields of a GGUF file without PyTorch.
 
-Two families appear in GGUF files of the supported architectures: byte-level BPE (`gpt2`: Llama 3, Qwen, SmolLM) with one of a few
-pre-tokenizers, and SentencePiece BPE with byte fallback (`llama`: Llama 1/2, Mistral, TinyLlama).
+Of a folder `tokenizer.json` itself is loaded where there is one (see `tokenizer_files.py`). Two families appear in GGUF files of the
+supported architectures: byte-level BPE (`gpt2`: Llama 3, Qwen, SmolLM) with one of a few pre-tokenizers, and SentencePiece BPE with byte
+fallback (`llama`: Llama 1/2, Mistral, TinyLlama; see `sentencepiece.py`).
 """
 
 import pathlib
 from collections.abc import Callable
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from eesd_jax.errors import UserError
+from eesd_jax.weights import sentencepiece, tokenizer_files
 from eesd_jax.weights.gguf import GGUFSource
+from eesd_jax.weights.sentencepiece import Kind, Pieces, Prefix
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -38,50 +42,41 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "qwen2": lambda: _words(r"\p{N}"),
     "deepseek-r1-qwen": lambda: _words(r"\p{N}"),
 }
-_NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4  # llama.cpp's token types
-_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+# Where a file of a SentencePiece vocabulary does not say which id it is, llama.cpp takes these.
+_SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
 
 def from_folder(folder: pathlib.Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hugging Face folder; UserError where it has none that can be read."""
-    # transformers makes an empty tokenizer where there is no file at all.
-    if not any((folder / name).exists() for name in _VOCABULARY_FILES):
-        raise UserError(f"{folder}: no tokenizer in this folder; expected {' or '.join(_VOCABULARY_FILES)}")
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{folder}: the tokenizer in this folder cannot be loaded ({reason})") from None
+    return tokenizer_files.load(folder)
 
 
 def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
     """Builds the tokenizer from a GGUF file's fields: vocabulary, merges or scores, special tokens, chat template.
 
     Raises:
-      UserError: a field missing, or a tokenizer model or pre-tokenizer that is not supported.
+      UserError: a field missing or of another kind, or a tokenizer model or pre-tokenizer that is not supported.
     """
-    vocabulary = source.field("tokenizer.ggml.tokens")
+    fields = _Fields(source)
+    vocabulary = fields.list_of(str, "tokens")
     if not vocabulary:
-        raise UserError(f"{source.description}: no metadata field tokenizer.ggml.tokens")
-    types = _per_token(source, "token_type", vocabulary, default=[_NORMAL] * len(vocabulary))
-    kind = source.field("tokenizer.ggml.model")
+        raise UserError(f"{source.description}: metadata field tokenizer.ggml.tokens is empty; expected a vocabulary")
+    kind = fields.get("model")
     if kind == "gpt2":
-        core, bos_by_default = _byte_level_bpe(source, vocabulary)
+        core, bos_by_default = _byte_level_bpe(fields, vocabulary)
     elif kind == "llama":
-        core, bos_by_default = _sentencepiece_bpe(source, vocabulary, types), True
+        core, bos_by_default = _sentencepiece_bpe(fields, vocabulary), True
     else:
         raise UserError(f"{source.description}: tokenizer model {kind!r} is not supported; supported are 'gpt2' and 'llama'")
-    core.add_special_tokens([_added(token) for token, type_ in zip(vocabulary, types, strict=True) if type_ == _CONTROL])
-    core.add_tokens([_added(token) for token, type_ in zip(vocabulary, types, strict=True) if type_ == _USER_DEFINED])
 
     def special(name: str) -> str | None:
-        token_id = source.field(f"tokenizer.ggml.{name}_token_id")
-        return vocabulary[token_id] if token_id is not None and 0 <= token_id < len(vocabulary) else None
+        token_id = fields.token_id(name, len(vocabulary))
+        return None if token_id is None else vocabulary[token_id] or None
 
     bos = special("bos")
-    if bos is not None and source.field("tokenizer.ggml.add_bos_token", bos_by_default):
+    if bos is not None and fields.get("add_bos_token", bool, bos_by_default):
         core.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary.index(bos))]
+            single=[bos, "$A"], pair=[bos, "$A", bos, "$B"], special_tokens=[(bos, vocabulary.index(bos))]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
@@ -89,59 +84,90 @@ def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
         eos_token=special("eos"),
         pad_token=special("padding"),
         unk_token=special("unknown"),
-        chat_template=source.field("tokenizer.chat_template"),
+        chat_template=fields.chat_template(),
         clean_up_tokenization_spaces=False,
     )
 
 
-def _per_token(source: GGUFSource, name: str, vocabulary: list[str], default: list[int] | None = None) -> list:
-    values = source.field(f"tokenizer.ggml.{name}", default)
-    if values is None or len(values) != len(vocabulary):
-        found = "no" if values is None else f"{len(values)} values in"
-        raise UserError(
-            f"{source.description}: {found} metadata field tokenizer.ggml.{name}; expected one for each of {len(vocabulary)} tokens"
-        )
-    return values
+class _Fields:
+    """The fields of a GGUF file that describe its tokenizer, each checked as it is read.
+
+    Raises:
+      UserError: from every method, for a field that is missing, or of another kind than it must be.
+    """
+
+    def __init__(self, source: GGUFSource):
+        self.source = source
+
+    def get(self, name: str, kind: type = str, default: Any = None) -> Any:
+        value = self.source.field(f"tokenizer.ggml.{name}", default)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise UserError(f"{self.source.description}: metadata field tokenizer.ggml.{name} is {value!r:.80}; expected {_KINDS[kind]}")
+        return value
+
+    def list_of(self, kind: type, name: str, length: int | None = None, default: list | None = None) -> list:
+        """A list, of one value for each of `length` tokens, if that is given."""
+        values = self.get(name, list, default)
+        if values is None:
+            raise UserError(f"{self.source.description}: no metadata field tokenizer.ggml.{name}")
+        if length is not None and len(values) != length:
+            raise UserError(
+                f"{self.source.description}: {len(values)} values in metadata field tokenizer.ggml.{name}; "
+                f"expected one for each of {length} tokens"
+            )
+        if wrong := [value for value in values if not isinstance(value, kind)]:
+            where = f"{self.source.description}: metadata field tokenizer.ggml.{name}"
+            raise UserError(f"{where} has {wrong[0]!r:.80}; expected {_KINDS[kind]} in each place")
+        return values
+
+    def token_id(self, name: str, count: int) -> int | None:
+        """The id of a special token; files say that there is none by leaving it out, or by an id that no token has."""
+        default = _SENTENCEPIECE_IDS.get(name) if self.get("model") == "llama" else None
+        found = self.get(f"{name}_token_id", int, default)
+        if found is None or not 0 <= found < count:
+            found = default
+        return found if found is not None and found < count else None
+
+    def chat_template(self) -> str | None:
+        template = self.source.field("tokenizer.chat_template")
+        if not isinstance(template, str | None):
+            raise UserError(f"{self.source.description}: metadata field tokenizer.chat_template is {template!r:.80}; expected a text")
+        return template
 
 
-def _added(token: str) -> AddedToken:
-    return AddedToken(token, normalized=False, special=False)
+_KINDS = {str: "a text", int: "an integer", bool: "true or false", list: "a list", float: "a number"}
 
 
-def _byte_level_bpe(source: GGUFSource, vocabulary: list[str]) -> tuple[Tokenizer, bool]:
-    pre = source.field("tokenizer.ggml.pre", "default")
+def _byte_level_bpe(fields: _Fields, vocabulary: list[str]) -> tuple[Tokenizer, bool]:
+    source, pre = fields.source, fields.get("pre", str, "default")
     if pre not in _PRE_TOKENIZERS:
         raise UserError(f"{source.description}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(_PRE_TOKENIZERS)}")
-    merges = source.field("tokenizer.ggml.merges")
-    if merges is None:
-        raise UserError(f"{source.description}: no metadata field tokenizer.ggml.merges")
-    merges = [tuple(merge.split(" ", 1)) for merge in merges]
+    merges = [tuple(merge.split(" ", 1)) for merge in fields.list_of(str, "merges")]
+    ids = {token: i for i, token in enumerate(vocabulary)}
+    for merge in merges:
+        if len(merge) != 2 or not all(part in ids for part in (*merge, "".join(merge))):
+            raise UserError(
+                f"{source.description}: merge {' '.join(merge)!r:.80} in tokenizer.ggml.merges; expected two tokens that make a third"
+            )
+    types = fields.list_of(int, "token_type", len(vocabulary), default=[Kind.NORMAL] * len(vocabulary))
     is_llama3 = pre == "llama-bpe"
-    core = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(vocabulary)}, merges=merges, ignore_merges=is_llama3))
+    core = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=is_llama3))
     if "qwen" in pre:
         core.normalizer = normalizers.NFC()
     core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     core.decoder = decoders.ByteLevel()
+    typed = [(token, type_) for token, type_ in zip(vocabulary, types, strict=True) if token]
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, type_ in typed if type_ == Kind.CONTROL])
+    core.add_tokens([AddedToken(token, normalized=False, special=False) for token, type_ in typed if type_ == Kind.USER_DEFINED])
     return core, is_llama3
 
 
-def _sentencepiece_bpe(source: GGUFSource, vocabulary: list[str], types: list[int]) -> Tokenizer:
-    scores = _per_token(source, "scores", vocabulary)
-    ids = {token: i for i, token in enumerate(vocabulary)}
-    pieces = {token for token, type_ in zip(vocabulary, types, strict=True) if type_ in (_NORMAL, _USER_DEFINED)}
-    # A SentencePiece model has no list of merges: every split of a piece into two pieces is one, and the piece's score ranks it.
-    merges = []
-    for token, score in zip(vocabulary, scores, strict=True):
-        if token in pieces:
-            splits = [(token[:cut], token[cut:]) for cut in range(1, len(token)) if token[:cut] in pieces and token[cut:] in pieces]
-            splits.sort(key=lambda parts: (ids[parts[0]], ids[parts[1]]))
-            merges += [(score, parts) for parts in splits]
-    merges.sort(key=lambda merge: -merge[0])  # stable: equal scores stay in order
-    unknown = vocabulary[source.field("tokenizer.ggml.unknown_token_id", 0)]
-    core = Tokenizer(models.BPE(vocab=ids, merges=[parts for _, parts in merges], unk_token=unknown, fuse_unk=True, byte_fallback=True))
-    prefix = source.field("tokenizer.ggml.add_space_prefix", True)
-    core.normalizer = normalizers.Sequence(([normalizers.Prepend("▁")] if prefix else []) + [normalizers.Replace(" ", "▁")])
-    core.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()] + ([decoders.Strip(content=" ", left=1)] if prefix else [])
+def _sentencepiece_bpe(fields: _Fields, vocabulary: list[str]) -> Tokenizer:
+    pieces = Pieces(
+        tokens=vocabulary,
+        scores=fields.list_of(float, "scores", len(vocabulary)),
+        kinds=fields.list_of(int, "token_type", len(vocabulary), default=[Kind.NORMAL] * len(vocabulary)),
+        unknown=fields.token_id("unknown", len(vocabulary)),
+        prefix=Prefix.ALWAYS if fields.get("add_space_prefix", bool, True) else Prefix.NEVER,
     )
-    return core
+    return sentencepiece.build(pieces, fields.source.description)

@@ -1,0 +1,438 @@
+"""A folder, its `tokenizer.model` alone and a GGUF file of one model give the tokens that the files themselves stand for."""
+
+import functools
+import io
+import json
+import pathlib
+import warnings
+from typing import Any
+
+import pytest
+import sentencepiece
+import tiny
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers.convert_slow_tokenizer import generate_merges
+
+from eesd_jax.errors import UserError
+from eesd_jax.weights.tokenizer import from_folder, from_gguf
+
+TEXTS = [
+    *("", " ", "  ", "   ", "\t", "\n", "\n\n", "\n\n\n", "\t\n", " \n ", "\r\n"),
+    *("Hello", " Hello", "  Hello", "    Hello\n    Hello", "Hello  world  ", " Hello, world!", "Hello\tWorld "),
+    *(
+        "[INST]",
+        "[INST] Hi [/INST]",
+        " [INST]Hi",
+        "<<SYS>>\nBe brief.\n<</SYS>>\n\n",
+        "{'a': [1, 2]}",
+        " (",
+        "\n =",
+        "' era",
+        "don't WE'LL it's",
+    ),
+    *(
+        "3",
+        "33",
+        "333",
+        "1234567 89",
+        "½ ٣٤ Ⅷ",
+        "naïve café",
+        "cafe\u0301",
+        "нещо",
+        "日本語 한국어",
+        "កាន់តែ",
+        "🦙.cpp 👩‍👩‍👧",
+        "\u200d\ufe0f",
+    ),
+    *(
+        "\x00\x7f",
+        "!!!!!!",
+        "x = a[i]  # ok",
+        "\u2581",
+        "a\u2581b",
+        "\u00a0a\u3000b",
+        "~`@#$%^&*()_+",
+        "The quick brown fox jumps over the lazy dog",
+    ),
+    *(
+        "<s>",
+        "</s>",
+        "<unk>",
+        "a</s>b",
+        "a</s> b",
+        " </s> ",
+        "</s>\n<|user|>\nHi",
+        "<0x0A>",
+        "<|im_end|>",
+        "<|im_start|>user\nHi<|im_end|>\n",
+    ),
+]
+TRAINING = [
+    "the quick brown fox jumps over the lazy dog",
+    "[INST] hello world [/INST]",
+    "12 345 don't we'll  it's",
+    "user assistant\nHi {a}",
+] * 10
+LLAMA2 = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}[INST] {{ m['content'] }} [/INST]"
+    "{% else %} {{ m['content'] }} {{ eos_token }}{% endif %}{% endfor %}"
+)
+ZEPHYR = (
+    "{% for m in messages %}<|{{ m['role'] }}|>\n{{ m['content'] }}{{ eos_token }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+CHAT = [
+    {"role": "user", "content": " Why?"},
+    {"role": "assistant", "content": "So.\n"},
+    {"role": "user", "content": "[INST] <b>\nreally  "},
+]
+
+
+@functools.cache
+def spm(**options: Any) -> bytes:
+    """A SentencePiece model with byte fallback, as Llama's: spaces are kept as they are."""
+    defaults = {
+        "vocab_size": 380,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "normalization_rule_name": "identity",
+        "remove_extra_whitespaces": False,
+    }
+    file = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TRAINING), model_writer=file, hard_vocab_limit=False, minloglevel=2, **defaults | options
+    )
+    return file.getvalue()
+
+
+def proto(model: bytes) -> Any:
+    found = sentencepiece_model_pb2.ModelProto()
+    found.ParseFromString(model)
+    return found
+
+
+def spm_core(prepend: str) -> Tokenizer:
+    """As converters of transformers write it: `always` those of Llama 1 and 2 and Mistral 0.1, `first` those of Mistral 0.3."""
+    pieces = proto(spm()).pieces
+    ids = {piece.piece: i for i, piece in enumerate(pieces)}
+    merges = generate_merges(ids, {piece.piece: piece.score for piece in pieces if piece.type == 1})
+    core = Tokenizer(models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    if prepend == "always":
+        core.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    else:
+        core.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=False)
+    core.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(content=" ", left=1)]
+    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in ("<unk>", "<s>", "</s>")])
+    return core
+
+
+@functools.cache
+def byte_level_vocabulary() -> tuple[dict[str, int], list]:
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    core.train_from_iterator(TRAINING + [text for text in TEXTS if "<" not in text], trainer)
+    model = json.loads(core.to_str())["model"]
+    return model["vocab"], [tuple(merge) for merge in model["merges"]]
+
+
+def byte_level_core(normalizer, pre_tokenizer, *, bos: bool = False, **model: Any) -> Tokenizer:
+    core = Tokenizer(models.BPE(*byte_level_vocabulary(), **model))
+    if normalizer:
+        core.normalizer = normalizer
+    core.pre_tokenizer = pre_tokenizer
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (tiny.END, tiny.TURN_START, tiny.TURN_END)])
+    start = core.token_to_id(tiny.TURN_START)
+    core.post_processor = (
+        processors.TemplateProcessing(single=[tiny.TURN_START, "$A"], special_tokens=[(tiny.TURN_START, start)])
+        if bos
+        else processors.ByteLevel(trim_offsets=False)
+    )
+    return core
+
+
+def split(digits: str) -> pre_tokenizers.PreTokenizer:
+    words = rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+
+
+def smollm() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+
+
+# Of each family the `tokenizer.json`, the class that its `tokenizer_config.json` names, its template, and GGUF's name of how text is cut.
+FAMILIES = {
+    "Llama 2": ("llama", "LlamaTokenizer", lambda: spm_core("always"), LLAMA2, "default"),
+    "CodeLlama": ("llama", "CodeLlamaTokenizer", lambda: spm_core("always"), LLAMA2, "default"),
+    "TinyLlama": ("llama", "LlamaTokenizer", lambda: spm_core("always"), ZEPHYR, "default"),
+    "Vicuna": ("llama", "LlamaTokenizerFast", lambda: spm_core("always"), None, "default"),
+    "Mistral 0.1": ("mistral", "LlamaTokenizer", lambda: spm_core("always"), LLAMA2, "default"),
+    "Mistral 0.3": ("mistral", "LlamaTokenizer", lambda: spm_core("first"), LLAMA2, None),  # GGUF has no word for its spaces
+    "Llama 3": (
+        "llama",
+        "PreTrainedTokenizerFast",
+        lambda: byte_level_core(None, split(r"\p{N}{1,3}"), bos=True, ignore_merges=True),
+        tiny.CHAT_TEMPLATE,
+        "llama-bpe",
+    ),
+    "SmolLM2": ("llama", "GPT2Tokenizer", lambda: byte_level_core(None, smollm()), tiny.CHAT_TEMPLATE, "smollm"),
+    "Qwen 2": ("qwen2", "Qwen2Tokenizer", lambda: byte_level_core(normalizers.NFC(), split(r"\p{N}")), tiny.CHAT_TEMPLATE, "qwen2"),
+    "Qwen 3": ("qwen3", "Qwen2Tokenizer", lambda: byte_level_core(normalizers.NFC(), split(r"\p{N}")), tiny.CHAT_TEMPLATE, "qwen2"),
+}
+
+
+def write(folder: pathlib.Path, name: str, **config: Any) -> Tokenizer:
+    """Writes a family's folder, but for the weights, and returns what it must come to."""
+    model_type, kind, core, template, _ = FAMILIES[name]
+    core = core()
+    is_spm = core.token_to_id("<s>") is not None
+    bos, eos = ("<s>", "</s>") if is_spm else (tiny.TURN_START, tiny.TURN_END)
+    settings = {"tokenizer_class": kind, "bos_token": bos, "eos_token": eos, "legacy": False, "clean_up_tokenization_spaces": True}
+    settings |= {"add_bos_token": is_spm, "add_eos_token": False, "chat_template": template, "model_max_length": 10**30} | config
+    (folder / "config.json").write_text(json.dumps(tiny.hf_config(model_type)))
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    core.save(str(folder / "tokenizer.json"))
+    return core
+
+
+def gguf_fields(core: Tokenizer, template: str | None, pre: str) -> dict[str, Any]:
+    """What llama.cpp's converter writes of a family."""
+    is_spm = core.token_to_id("<s>") is not None
+    tokens = [core.id_to_token(i) for i in range(core.get_vocab_size())]
+    special = {token.content for token in core.get_added_tokens_decoder().values()}
+    if is_spm:
+        pieces = proto(spm()).pieces
+        about = {
+            "model": "llama",
+            "scores": [float(piece.score) for piece in pieces],
+            "token_type": [int(piece.type) for piece in pieces],
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "unknown_token_id": 0,
+        }
+    else:
+        about = {
+            "model": "gpt2",
+            "merges": [" ".join(merge) for merge in byte_level_vocabulary()[1]],
+            "token_type": [3 if token in special else 1 for token in tokens],
+            "bos_token_id": core.token_to_id(tiny.TURN_START),
+            "eos_token_id": core.token_to_id(tiny.TURN_END),
+        }
+    fields = {f"tokenizer.ggml.{name}": value for name, value in (about | {"pre": pre, "tokens": tokens}).items()}
+    return fields | ({"tokenizer.chat_template": template} if template else {})
+
+
+class Fields:
+    """The metadata of a GGUF file that was never written."""
+
+    description = "model.gguf"
+
+    def __init__(self, fields: dict[str, Any]):
+        self._fields = fields
+
+    def field(self, name: str, default: Any = None) -> Any:
+        return self._fields.get(name, default)
+
+
+def assert_alike(tokenizer, core: Tokenizer) -> None:
+    """The same ids for every text and for a chat, and the same text for ids."""
+    for text in TEXTS:
+        expected = core.encode(text)
+        assert tokenizer(text).input_ids == expected.ids, repr(text)
+        plain = core.encode(text, add_special_tokens=False).ids
+        assert tokenizer(text, add_special_tokens=False).input_ids == plain, repr(text)
+        assert tokenizer.decode(plain) == core.decode(plain, skip_special_tokens=False)
+        assert tokenizer.decode(plain, skip_special_tokens=True) == core.decode(plain)
+    if tokenizer.chat_template:
+        chat = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+        assert tokenizer(chat, add_special_tokens=False).input_ids == core.encode(chat, add_special_tokens=False).ids
+        assert tokenizer.eos_token in chat or "im_end" in chat
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_folder_gives_the_tokens_of_its_tokenizer_json(tmp_path, name):
+    core = write(tmp_path, name)
+    assert_alike(from_folder(tmp_path), core)
+
+
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if family[4]])
+def test_a_gguf_file_gives_the_tokens_of_the_folder(tmp_path, name):
+    core = write(tmp_path, name)
+    _, _, _, template, pre = FAMILIES[name]
+    ours = from_gguf(Fields(gguf_fields(core, template, pre)))
+    assert_alike(ours, core)
+    folder = from_folder(tmp_path)
+    assert (ours.bos_token_id, ours.eos_token_id) == (folder.bos_token_id, folder.eos_token_id)
+    assert ours.chat_template == folder.chat_template
+
+
+# tokenizer.model alone -------------------------------------------------------------------------------------------------------------
+
+
+def write_model(folder: pathlib.Path, model: bytes, **config: Any) -> None:
+    (folder / "tokenizer.model").write_bytes(model)
+    (folder / "config.json").write_text(json.dumps(tiny.hf_config()))
+    if config:
+        (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "LlamaTokenizer"} | config))
+
+
+@pytest.mark.parametrize("config", [{}, {"legacy": False}, {"legacy": True, "add_bos_token": True}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"normalization_rule_name": "nmt_nfkc", "remove_extra_whitespaces": True},
+        {"add_dummy_prefix": False},
+        {"user_defined_symbols": "[INST],<<SYS>>"},
+        {"byte_fallback": False},
+        {"model_type": "unigram", "vocab_size": 330},
+    ],
+    ids=lambda options: " ".join(options) or "llama",
+)
+def test_a_model_file_alone_gives_the_tokens_of_sentencepiece(tmp_path, options, config):
+    model = spm(**options)
+    write_model(tmp_path, model, **config)
+    processor, ours = sentencepiece.SentencePieceProcessor(model_proto=model), from_folder(tmp_path)
+    taken_for_text = ["<s>", "</s>", "<unk>"]
+    if "model_type" in options:
+        taken_for_text.append("<0x0A>")  # by the models of the tokenizers library alone it is not
+    for text in TEXTS:
+        if not any(token in text for token in taken_for_text):
+            assert ours(text, add_special_tokens=False).input_ids == processor.encode(text), repr(text)
+            assert ours(text).input_ids == [1, *processor.encode(text)], repr(text)
+    assert (ours.bos_token, ours.eos_token, ours.unk_token) == ("<s>", "</s>", "<unk>")
+
+
+def test_what_legacy_says_decides_on_spaces_behind_special_tokens(tmp_path):
+    for legacy, expected in ((None, ["a", "</s>", "▁a"]), (True, ["a", "</s>", "▁a"]), (False, ["a", "</s>", "a"])):
+        write_model(tmp_path, spm(), legacy=legacy)
+        ours = from_folder(tmp_path)
+        ids = ours("a</s>a", add_special_tokens=False).input_ids
+        plain = "".join(ours.convert_ids_to_tokens(ids)).replace("▁", " ")
+        assert plain == "".join(["▁", *expected]).replace("▁", " ")
+
+
+def test_a_model_file_with_added_tokens(tmp_path):
+    size = len(proto(spm()).pieces)
+    write_model(tmp_path, spm(), pad_token="[PAD]")
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size + 1, "[PAD]": size}))
+    ours = from_folder(tmp_path)
+    assert ours("a<|im_end|>", add_special_tokens=False).input_ids[-1] == size + 1
+    assert (ours.pad_token_id, len(ours)) == (size, size + 2)
+    decoder = {str(size): {"content": "<|im_end|>", "special": True}, "5": {"content": "<tool>", "special": False}}
+    write_model(tmp_path, spm(), added_tokens_decoder=decoder)
+    ours = from_folder(tmp_path)
+    assert ours("<tool><|im_end|>", add_special_tokens=False).input_ids == [5, size]
+    assert ours.decode([5, size], skip_special_tokens=True) == "<tool>"
+
+
+# Several files -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_tokenizer_json_comes_before_files_of_an_older_generation(tmp_path):
+    core = write(tmp_path, "Llama 2")
+    (tmp_path / "tokenizer.model").write_bytes(spm(vocab_size=330))
+    (tmp_path / "vocab.json").write_text(json.dumps({"a": 0}))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    assert_alike(from_folder(tmp_path), core)
+
+
+def test_a_template_of_its_own_comes_before_that_of_the_config(tmp_path):
+    write(tmp_path, "Qwen 2")
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}!")
+    assert from_folder(tmp_path).apply_chat_template(CHAT[:1], tokenize=False) == " Why?!"
+    (tmp_path / "chat_template.jinja").unlink()
+    named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "{{ messages[0]['role'] }}"}]
+    write(tmp_path, "Qwen 2", chat_template=named)
+    assert from_folder(tmp_path).apply_chat_template(CHAT[:1], tokenize=False) == "user"
+
+
+def test_special_tokens_are_named_in_either_file(tmp_path):
+    write(tmp_path, "Qwen 2", eos_token=None, bos_token=None, chat_template=tiny.CHAT_TEMPLATE)
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": tiny.END, "lstrip": False}}))
+    assert from_folder(tmp_path).eos_token == tiny.END
+    write(tmp_path, "Qwen 2", eos_token={"__type": "AddedToken", "content": tiny.TURN_END, "normalized": False})
+    assert from_folder(tmp_path).eos_token == tiny.TURN_END
+
+
+def test_truncation_that_a_file_was_saved_with_is_not_applied(tmp_path):
+    core = write(tmp_path, "SmolLM2")
+    core.enable_truncation(4)
+    core.enable_padding(length=64)
+    core.save(str(tmp_path / "tokenizer.json"))
+    core.no_truncation()
+    core.no_padding()
+    assert_alike(from_folder(tmp_path), core)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_llamas_config_decides_on_the_bos(tmp_path, told):
+    core = write(tmp_path, "Llama 2", add_bos_token=told)
+    core.post_processor = processors.ByteLevel(trim_offsets=False)
+    for saved in (core, FAMILIES["Llama 2"][2]()):  # one without and one with it
+        saved.save(str(tmp_path / "tokenizer.json"))
+        assert from_folder(tmp_path)("a").input_ids == [1] * told + core.encode("a").ids
+    write(tmp_path, "Llama 3", add_bos_token=False)  # where transformers never looked at it
+    assert from_folder(tmp_path)("a").input_ids[0] == from_folder(tmp_path).bos_token_id
+
+
+def test_an_added_token_whose_id_is_taken_is_left_out_with_a_warning(tmp_path):
+    core = write(tmp_path, "SmolLM2", added_tokens_decoder={"7": {"content": "<new>"}, str(2 + 500): {"content": tiny.TURN_END}})
+    with pytest.warns(UserWarning, match=r"added token '<new>' is to be id 7, and the vocabulary has .* left out"):
+        tokenizer = from_folder(tmp_path)
+    assert_alike(tokenizer, core)
+
+
+DAMAGES = {
+    "no tokenizer.json but a text": ("tokenizer.json", b"hello", "cannot be loaded"),
+    "settings that are a list": ("tokenizer_config.json", b"[]", "expected a JSON object"),
+    "a number for a token": ("tokenizer_config.json", b'{"eos_token": 2}', "eos_token of the tokenizer is 2; expected a text"),
+    "a number for a template": ("tokenizer_config.json", b'{"chat_template": 3}', "chat_template of the tokenizer is 3"),
+    "a template without a text": (
+        "tokenizer_config.json",
+        b'{"chat_template": [{"name": "default"}]}',
+        "chat_template of the tokenizer is",
+    ),
+    "an id that is a text": ("added_tokens.json", b'{"<new>": "last"}', "added token 'last'"),
+    "a token that is a number": ("tokenizer_config.json", b'{"added_tokens_decoder": {"2": {"content": 5}}}', "added token '2'"),
+    "a flag that is a text": (
+        "tokenizer_config.json",
+        b'{"added_tokens_decoder": {"2": {"content": "a", "special": "no"}}}',
+        "added token",
+    ),
+    "tokens in a list": ("tokenizer_config.json", b'{"added_tokens_decoder": ["a"]}', "added token"),
+    "bytes that are no text": ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja: cannot be read"),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_files_that_cannot_be_used(tmp_path, case):
+    file, content, message = DAMAGES[case]
+    write(tmp_path, "Qwen 2")
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=message) as caught:
+        from_folder(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"aGVsbG8= 0\n", spm()[:1000]], ids=["empty", "text", "tiktoken", "truncated"])
+def test_model_files_that_are_none(tmp_path, content):
+    write_model(tmp_path, content)
+    with pytest.raises(UserError, match=r"tokenizer\.model: no SentencePiece model .*expected one, or a tokenizer\.json"):
+        from_folder(tmp_path)
+
+
+def test_nothing_is_warned_of_where_files_agree(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name in FAMILIES:
+            write(tmp_path, name)
+            from_folder(tmp_path)
