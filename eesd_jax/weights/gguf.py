@@ -12,6 +12,7 @@ import numpy as np
 
 from eesd_jax.errors import UserError
 from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.weights.safetensors import NUMBERED
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -78,26 +79,58 @@ class _Reader(gguf.GGUFReader):
         super()._build_tensors(start_offs, fields)
 
 
+def _open(path: pathlib.Path) -> _Reader:
+    try:
+        return _Reader(path)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except (ValueError, IndexError, KeyError, OverflowError, RecursionError, OSError) as error:
+        raise UserError(f"{path}: truncated or not a GGUF file ({path.stat().st_size} bytes; {error})") from None
+
+
+def _open_parts(path: pathlib.Path, part: Any, parts: Any) -> list[_Reader]:
+    """All parts of a split file, by the names that llama.cpp gives them."""
+    match = NUMBERED.fullmatch(path.stem)
+    if (
+        not match
+        or not isinstance(part, int)
+        or not isinstance(parts, int)
+        or (int(match["part"]) - 1, int(match["parts"])) != (part, parts)
+    ):
+        shown = f"part {part + 1 if isinstance(part, int) else part} of {parts} of a split GGUF"
+        raise UserError(
+            f"{path}: {shown}; expected its parts beside each other, with the names that they were made with: NAME-00001-of-..."
+        )
+    files = [path.with_name(f"{match['stem']}-{i:05d}-of-{parts:05d}{path.suffix}") for i in range(1, parts + 1)]
+    for file in files:
+        if not file.is_file():
+            raise UserError(f"{file}: part is missing; expected all {parts} parts of the split GGUF beside {path.name}")
+    readers = [_open(file) for file in files]
+    for i, (file, reader) in enumerate(zip(files, readers, strict=True)):
+        found = [field and field.contents() for field in (reader.fields.get("split.no"), reader.fields.get("split.count"))]
+        if found != [i, parts]:
+            raise UserError(f"{file}: says that it is part {found[0]} of {found[1]} (counted from 0); expected {i} of {parts}")
+    total, counted = readers[0].fields.get("split.tensors.count"), sum(len(reader.tensors) for reader in readers)
+    if total and total.contents() != counted:
+        raise UserError(f"{path}: its parts have {counted} tensors; expected {total.contents()}")
+    return readers
+
+
 class GGUFSource:
-    """The tensors and metadata of one GGUF file.
+    """The tensors and metadata of one GGUF file, or of all the parts of one that is split: the path of any of them will do.
 
     Raises:
-      UserError: not a GGUF file, truncated, split into several files, or of an unsupported architecture.
+      UserError: not a GGUF file, truncated, without all its parts, or of an unsupported architecture.
     """
 
     def __init__(self, path: pathlib.Path):
         self.description = str(path)
-        try:
-            reader = _Reader(path)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (ValueError, IndexError, KeyError, OSError) as error:
-            raise UserError(f"{path}: truncated or not a GGUF file ({path.stat().st_size} bytes; {error})") from None
+        reader = _open(path)
         self._fields = reader.fields
-        if self.field("split.count", 1) > 1:
-            raise UserError(
-                f"{path}: part {self.field('split.no', 0) + 1} of {self.field('split.count')} of a split GGUF; merge the parts first"
-            )
+        readers = [reader]
+        if self.field("split.count", 1) not in (0, 1):  # 0 where parts have been merged
+            readers = _open_parts(path, self.field("split.no", 0), self.field("split.count"))
+            self._fields = readers[0].fields
         self.architecture = self.field("general.architecture")
         if self.architecture not in SUPPORTED_ARCHITECTURES:
             raise UserError(
@@ -106,11 +139,11 @@ class GGUFSource:
             )
         self._rope_factors = None
         self._tensors = {}
-        for tensor in reader.tensors:
+        for tensor in (tensor for reader in readers for tensor in reader.tensors):
             if tensor.name == _ROPE_FACTORS:
                 self._rope_factors = tuple(float(x) for x in np.asarray(tensor.data).ravel())
-            else:
-                self._tensors[_hf_name(tensor.name)] = tensor
+            elif self._tensors.setdefault(_hf_name(tensor.name), tensor) is not tensor:
+                raise UserError(f"{path}: tensor {tensor.name} stands twice in its parts")
         # GGUF lists the fastest axis first.
         self.shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in self._tensors.items()}
 

