@@ -149,16 +149,30 @@ def _open(name: str) -> tuple[ModelText, TensorSource]:
         text, eos_ids = tokenizer.from_folder(path), _folder_eos_ids(path, hf_config)
     if text.eos_token_id is not None:
         eos_ids = [*eos_ids, text.eos_token_id]
-    if len(text) > config.vocab_size:
-        raise UserError(f"{path}: the tokenizer has {len(text)} tokens, the model's vocabulary only {config.vocab_size}")
-    return ModelText(config, text, tuple(sorted(set(eos_ids)))), source
+    _check_layers(config, source)
+    # A tokenizer may have more tokens than the model (a pad token that training added): their use is refused, where text is encoded.
+    return ModelText(config, text, tuple(sorted({token for token in eos_ids if 0 <= token < config.vocab_size}))), source
+
+
+def _check_layers(config: ModelConfig, source: TensorSource) -> None:
+    """Raises UserError for layers that have no weights, before anything is made for each of them."""
+    parts = [name.split(".") for name in source.shapes if name.startswith("model.layers.")]
+    stored = len({layer for _, _, layer, *_ in parts})
+    if config.num_layers > stored:
+        raise UserError(f"{source.description}: num_hidden_layers is {config.num_layers}; its weights are of {stored} layers")
 
 
 def _folder_eos_ids(folder: pathlib.Path, hf_config: dict) -> list[int]:
     generation = folder / "generation_config.json"
-    configs = [hf_config] + ([safetensors.read_json(generation)] if generation.exists() else [])
-    found = [config.get("eos_token_id") for config in configs]
-    return [token for ids in found if ids is not None for token in (ids if isinstance(ids, list) else [ids])]
+    configs = {"config.json": hf_config} | ({generation.name: safetensors.read_json(generation)} if generation.exists() else {})
+    found = []
+    for file, config in configs.items():
+        named = config.get("eos_token_id")
+        ids = named if isinstance(named, list) else [] if named is None else [named]
+        if wrong := [token for token in ids if type(token) is not int]:
+            raise UserError(f"{folder / file}: eos_token_id has {wrong[0]!r:.80}; expected a token id, or a list of them")
+        found += ids
+    return found
 
 
 def load_params(

@@ -19,6 +19,8 @@ import pytest
 import tiny
 from gguf import GGMLQuantizationType as GGMLType
 
+from eesd_jax.distill.examples import Example, check_example
+from eesd_jax.errors import UserError
 from eesd_jax.model import llama, rope, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.gguf import GGUFSource
@@ -180,6 +182,25 @@ def test_end_tokens_come_from_every_file_that_names_some(tmp_path):
         tmp_path / "model.gguf", tiny.hf_config(), fields={f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items()}
     )
     assert load(file).eos_ids == (4, 6)
+
+
+@pytest.mark.parametrize("kind", ["folder", "gguf"])
+def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path, kind):
+    """An unused pad token, as WizardLM's; and an end token that the model cannot write is none."""
+    count = len(tiny.tokenizer())
+    hf = tiny.hf_config(vocab_size=count - 1, eos_token_id=[1, count - 1, -1])
+    if kind == "folder":
+        model = load(tiny.write_folder(tmp_path, hf, with_tokenizer=True))
+    else:
+        ids = {"eos": 1, "eot": count - 1}
+        fields = {f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items()}
+        model = load(tiny.write_gguf(tmp_path / "model.gguf", hf, fields=fields))
+    assert (len(model.tokenizer), model.config.vocab_size) == (count, count - 1)
+    assert set(model.eos_ids) == {1, model.tokenizer.eos_token_id}
+    with pytest.raises(
+        UserError, match=rf"dataset 'text', example 0: token id {count - 1} is outside the vocabulary; expected 0 to {count - 2}"
+    ):
+        check_example(Example(np.array([3, count - 1]), np.array([False, True])), "text", 0, model)
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])

@@ -81,7 +81,12 @@ FOLDER_DAMAGES = {
         ["'longrope'", "linear", "llama3", "yarn"],
     ),
     "quantized by another tool": (lambda f: edit_config(f, quantization_config={"quant_method": "gptq"}), ["gptq", "GGUF"]),
-    "tokenizer larger than the vocabulary": (lambda f: edit_config(f, vocab_size=299), ["300", "299"]),
+    "a text for an end token": (lambda f: edit_config(f, eos_token_id="</s>"), ["config.json", "eos_token_id has '</s>'", "a token id"]),
+    "null among end tokens": (
+        lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [2, null]}'),
+        ["generation_config.json", "eos_token_id has None"],
+    ),
+    "more layers in the config": (lambda f: edit_config(f, num_hidden_layers=9000), ["num_hidden_layers", "9000", "3"]),
     "no tokenizer": (lambda f: (f / "tokenizer.json").unlink(), ["no tokenizer", "tokenizer.json"]),
     "broken tokenizer": (lambda f: cut(f / "tokenizer.json", 1000), ["tokenizer", "cannot be loaded"]),
     "tokenizer of an unknown kind": (
@@ -153,12 +158,6 @@ def test_gguf_tensors_that_cannot_be_used(tmp_path, extra, named):
     message = error_of(tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config(), extra_tensors=extra))
     for part in named:
         assert part in message
-
-
-def test_gguf_tokenizer_larger_than_the_vocabulary(tmp_path):
-    message = error_of(tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config(vocab_size=299)))
-    assert "300" in message
-    assert "299" in message
 
 
 def test_gguf_type_that_cannot_be_dequantized(tmp_path):
