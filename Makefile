@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# The versions that were tested (requirements.lock); pyproject.toml has the lowest that are taken.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
 .PHONY: demo test test-slow test-planted test-demo test-notebooks parity report lint clean
 
@@ -33,7 +35,7 @@ parity: $(VENV)/.installed-parity
 	$(BIN)/python -m pytest --numprocesses=auto -m parity
 
 # PROMPTS=a.jsonl,b.jsonl; hours on a CPU, and goes on where it stopped.
-report: $(VENV)/.installed-run
+report: $(VENV)/.installed-bench
 	$(BIN)/python benchmarks/report.py --prompts="$(PROMPTS)"
 
 lint: $(VENV)/.installed-test
@@ -47,12 +49,12 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-run: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable .
+$(VENV)/.installed-run: pyproject.toml requirements.lock | $(BIN)/python
+	$(PIP) --editable .
 	touch $@
 
-$(VENV)/.installed-%: pyproject.toml | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[test$(if $(filter-out test,$*),$(comma)$*)]"
+$(VENV)/.installed-%: pyproject.toml requirements.lock | $(BIN)/python
+	$(PIP) --editable ".[test$(if $(filter-out test,$*),$(comma)$*)]"
 	touch $@ $(VENV)/.installed-run
 
 comma := ,

@@ -45,6 +45,10 @@ if TYPE_CHECKING:  # JAX and transformers take seconds, so they are imported whe
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it would say that it misses PyTorch, which nothing here needs
 
 UNTRAINED = "The exit branch is untrained: no speed-up is to be expected of it."
+# Which extra of pyproject.toml brings a library that not every command needs, by the name that is imported.
+_EXTRAS = {"matplotlib": "bench"} | dict.fromkeys(
+    ("array_record", "grain", "optax", "orbax", "tensorboardX", "tensorflow_datasets"), "train"
+)
 FLAGS = flags.FLAGS
 flags.disclaim_key_flags()  # flags defined here belong to the command that asked for them, and show in its --help
 
@@ -364,6 +368,12 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
             sys.stdout.flush()
         except UserError as error:
             _fail(str(error))
+        except ModuleNotFoundError as error:
+            library = str(error.name).partition(".")[0]
+            if library not in _EXTRAS:
+                raise
+            extra = _EXTRAS[library]
+            _fail(f"{library} is not installed; expected the extra {extra!r}: pip install -e '.[{extra}]'")
         except KeyboardInterrupt:
             if sys.stderr.isatty():
                 print(file=sys.stderr)

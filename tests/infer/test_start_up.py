@@ -10,7 +10,8 @@ import pytest
 
 from eesd_jax.weights import hub
 
-SCRIPT = pathlib.Path(__file__).parent.parent.parent / "infer" / "generate.py"
+ROOT = pathlib.Path(__file__).parent.parent.parent
+SCRIPT = ROOT / "infer" / "generate.py"
 
 IMPORTED_BY = """
 import runpy, sys
@@ -28,6 +29,35 @@ def test_flags_are_checked_before_anything_slow_is_imported(argument):
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert result.returncode == (0 if argument == "--help" else 2), result.stderr
     assert result.stderr.splitlines()[-1] == "slow:"
+
+
+WITHOUT_EXTRAS = """
+import runpy, sys
+
+class Nothing:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in ("array_record", "grain", "matplotlib", "tensorboardX", "tensorflow_datasets"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Nothing())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_decoding_needs_no_library_of_an_extra_and_training_names_what_is_missing(tmp_path):
+    def run(script: str, *arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", WITHOUT_EXTRAS, str(ROOT / script), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+
+    decoding = run("infer/generate.py", "--model=tiny", "--prompt=hello", "--controller=plain", "--max_new_tokens=1", "--exit_branch=none")
+    assert decoding.returncode == 0, decoding.stderr
+    training = run("train/distill.py", f"--config={ROOT / 'configs' / 'tiny.py'}")
+    assert training.returncode == 2
+    (line,) = training.stderr.splitlines()
+    assert "is not installed" in line
+    assert "pip install -e '.[train]'" in line
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.demo
