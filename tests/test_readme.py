@@ -1,4 +1,4 @@
-"""What the README shows works: its Python block runs, its flags and make targets exist."""
+"""What the README shows works: its Python block runs; its flags and make targets exist, and those of the page with the figures."""
 
 import pathlib
 import re
@@ -8,7 +8,8 @@ import sys
 import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "docs/performance.md")
+README = "\n".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
 COMMAND = "infer/generate.py"  # whose flags are meant where the README names no command
 
 
