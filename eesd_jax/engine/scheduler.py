@@ -6,6 +6,8 @@ the slowest one. What a response says follows from its own prompt, key and tempe
 prompt, cache capacity, rows of a device) do not depend on what runs beside it. (Except with a controller that chooses one draft length for
 the batch: there sampled responses follow the same law, but not the same draws.)
 
+Responses to the same prompt follow each other, and where rows are free for several of them, it is run once.
+
 Several devices of this process each run their own rows (`shard_map` over the mesh's data axis); the weights may be split over the others.
 
 Axes: D devices along data, B = D * R rows, G prompts of one prefill on a device, P padded prompt, S capacity in tokens.
@@ -62,15 +64,16 @@ class _Rows(NamedTuple):
 
 
 class _Prompts(NamedTuple):
-    """What one call of the refill program takes: G rows a device.
+    """What one call of the refill program takes: G prompts a device, and up to R requests that they are of.
 
-    tokens: int32 [D * G, P]. length, limit: int32 [D * G]. index: uint32 [D * G], of the request. temperature: float32 [D * G].
-    row: int32 [D * G], where it goes among the device's own rows. count: int32 [D], how many of the G are prompts.
+    tokens: int32 [D * G, P]. length, limit: int32 [D * G]. Of each request, [D * R]: prompt, int32, which of the G it has; index, uint32;
+    temperature, float32; row, int32, where it goes among the device's own rows. count: int32 [D], how many requests there are.
     """
 
     tokens: np.ndarray
     length: np.ndarray
     limit: np.ndarray
+    prompt: np.ndarray
     index: np.ndarray
     temperature: np.ndarray
     row: np.ndarray
@@ -130,6 +133,7 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
 
     def refill(params: llama.Params, branch: ExitBranch | None, key: jax.Array, prompts: _Prompts, rows: _Rows) -> _Rows:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.index)
+        no_keys = jnp.broadcast_to(key, prompts.length.shape)  # the prompts' own draw nothing
         new, exits = loop.prefill(
             static.config,
             params,
@@ -137,7 +141,7 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
             prompts.tokens,
             prompts.length,
             prompts.limit,
-            keys,
+            no_keys,
             exit_layer=static.exit_layer,
             capacity=prompts.tokens.shape[1],  # of these rows, the rest of the caches stays as it is
             chunk=static.chunk,
@@ -146,12 +150,13 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
             new = speculative.start_drafting(static.draft, branch, static.controller, new, exits)
 
         def place(i: jax.Array, rows: _Rows) -> _Rows:
-            def write(old: jax.Array, fresh: jax.Array) -> jax.Array:
-                one = jax.lax.dynamic_slice_in_dim(fresh, i, 1)
+            def write(old: jax.Array, fresh: jax.Array, which: jax.Array = prompts.prompt[i]) -> jax.Array:
+                one = jax.lax.dynamic_slice_in_dim(fresh, which, 1)
                 return jax.lax.dynamic_update_slice(old, one, (prompts.row[i], *[0] * (old.ndim - 1)))
 
-            temperature = write(rows.sampling.temperature, prompts.temperature)
-            return _Rows(jax.tree.map(write, rows.state, new), rows.sampling._replace(temperature=temperature))
+            state = jax.tree.map(write, rows.state, new)
+            temperature = write(rows.sampling.temperature, prompts.temperature, i)
+            return _Rows(state._replace(row_keys=write(rows.state.row_keys, keys, i)), rows.sampling._replace(temperature=temperature))
 
         return jax.lax.fori_loop(0, prompts.count[0], place, rows)
 
@@ -209,11 +214,16 @@ class Refiller:
         self._model_config = model.config
         everywhere, own = NamedSharding(mesh, _SHARED), NamedSharding(mesh, _OWN)
         self._own, self._everywhere = own, everywhere
-        self._params = jax.device_put(model.params, sharding.param_shardings(model.config, mesh, model.quantize))
+        # Weights that no axis splits are read as `generate` reads them: on a CPU as the codes of their file.
+        split = mesh.size > self._devices
+        weights, homes = (
+            (model.params, sharding.param_shardings(model.config, mesh, model.quantize)) if split else (engine.params, everywhere)
+        )
+        self._params = jax.device_put(weights, homes)
         self._controller = controller
         drafter = engine.drafter if controller is not None else None
         self._draft = drafter.draft if drafter else None
-        self._branch = jax.device_put(drafter.branch, everywhere) if drafter else None
+        self._branch = jax.device_put(drafter.branch if split else engine.branch, everywhere) if drafter else None
         self._eos_ids = jax.device_put(np.array(model.eos_ids, np.int32), everywhere)
         self._steps = jax.device_put(np.int32(config.chunk), everywhere)
 
@@ -239,8 +249,11 @@ class Refiller:
         for request in requests:
             by_room.setdefault(self._room(request), []).append(request)
         for room, some in sorted(by_room.items()):
-            # Greedy ones first: a step in which every row is greedy is cheaper. Then by padded length, which one prefill has in common.
-            some.sort(key=lambda request: (request.temperature > 0, self.padded(len(request.prompt)), request.index))
+            # By padded length, which one prefill has in common; what answers the same prompt together, so that it is run once.
+            first: dict[tuple[int, ...], int] = {}
+            for request in some:
+                first[*request.prompt] = min(first.get(tuple(request.prompt), request.index), request.index)
+            some.sort(key=lambda request: (self.padded(len(request.prompt)), first[*request.prompt], request.index))
             yield from self._run(deque(some), room, key)
 
     def _run(self, queue: deque[Request], capacity: int, key: jax.Array) -> Iterator[Response]:
@@ -265,29 +278,38 @@ class Refiller:
         yield from ended
 
     def _take(self, queue: deque[Request], owners: list[Request | None]) -> _Prompts:
-        """The next prompts of one padded length, given to free rows, whose owners they become."""
+        """The next requests whose prompts are of one padded length, given to free rows, whose owners they become."""
         count, padded = self._prefill_rows, self.padded(len(queue[0].prompt))
-        size = self._devices * count
+        size, places = self._devices * count, self._devices * self._rows
         prompts = _Prompts(
             tokens=np.zeros((size, padded), np.int32),
             length=np.ones(size, np.int32),
             limit=np.ones(size, np.int32),
-            index=np.zeros(size, np.uint32),
-            temperature=np.zeros(size, np.float32),
-            row=np.zeros(size, np.int32),
+            prompt=np.zeros(places, np.int32),
+            index=np.zeros(places, np.uint32),
+            temperature=np.zeros(places, np.float32),
+            row=np.zeros(places, np.int32),
             count=np.zeros(self._devices, np.int32),
         )
         for device in range(self._devices):
+            run: list[tuple[list[int], int]] = []  # prompts of this device, with their limits
             for row in range(self._rows):
-                owner = device * self._rows + row
-                full = prompts.count[device] == count or not queue or self.padded(len(queue[0].prompt)) != padded
-                if full or owners[owner] is not None:
+                if owners[owner := device * self._rows + row] is not None:
                     continue
+                if not queue or self.padded(len(queue[0].prompt)) != padded:
+                    break
+                same = (queue[0].prompt, queue[0].limit)
+                if not run or run[-1] != same:
+                    if len(run) == count:
+                        break
+                    place, length = device * count + len(run), len(same[0])
+                    prompts.tokens[place, :length] = same[0]
+                    prompts.length[place], prompts.limit[place] = length, length + same[1]
+                    run.append(same)
                 request = owners[owner] = queue.popleft()
-                place, length = device * count + prompts.count[device], len(request.prompt)
-                prompts.tokens[place, :length] = request.prompt
-                prompts.length[place], prompts.limit[place] = length, length + request.limit
-                prompts.index[place], prompts.temperature[place], prompts.row[place] = request.index, request.temperature, row
+                place = device * self._rows + prompts.count[device]
+                prompts.prompt[place], prompts.row[place] = len(run) - 1, row
+                prompts.index[place], prompts.temperature[place] = request.index, request.temperature
                 prompts.count[device] += 1
         return prompts
 

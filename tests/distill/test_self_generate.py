@@ -13,10 +13,12 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 import tiny
+from coded import engines
 
 from eesd_jax.config import DataConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
 from eesd_jax.decode.controllers import Calibration
@@ -466,3 +468,36 @@ def test_an_open_axis_takes_all_devices():
     for model_parallel, tensor in ((-1, devices), (1, 1), (2, 2), (3 * devices, devices), (devices + 1, 1)):
         mesh = local_mesh(model_parallel)
         assert (mesh.shape["tensor"], mesh.shape["data"]) == (tensor, devices // tensor)
+
+
+def test_a_prompt_is_run_once_for_several_responses(engine, requests, plain_responses, monkeypatch):
+    runs = []
+    program = scheduler._refill
+
+    def count(static, params, branch, key, prompts, rows):
+        runs.append(int(prompts.count.sum()))
+        return program(static, params, branch, key, prompts, rows)
+
+    monkeypatch.setattr(scheduler, "_refill", count)
+    copies = [request._replace(index=request.index + 1000, temperature=1.0) for request in requests]
+    found = responses(engine, [*requests, *copies], rows=8)
+    assert {index: tokens for index, tokens in found.items() if index < 1000} == plain_responses
+    assert len(runs) < len(requests) + len(copies) // 2
+    again = responses(engine, copies[::-1], rows=3)
+    assert again == {index: tokens for index, tokens in found.items() if index >= 1000}
+
+
+def test_rows_read_the_weights_as_they_are_stored(tmp_path):
+    """As `generate` does: where the codes say something else than the weights beside them, so do the responses."""
+    coded, _ = engines(tmp_path)
+    other = jax.tree.map(lambda leaf: -leaf if leaf.dtype in (jnp.float32, jnp.float16) else leaf, coded.model.codes)
+    changed = Engine(coded.model._replace(codes=other), coded.decode_config)
+    requests = [Request(i, prompt, 0.0, 12) for i, prompt in enumerate([[5, 9, 2], [7, 7, 8, 30, 4]])]
+    pacing = RefillConfig(prompt_buckets=(16,), cache_buckets=(32,), chunk=8)
+
+    def texts(engine):
+        found = Refiller(engine, sharding.make_mesh(), 2, config=pacing).run(requests, jax.random.key(0))
+        return [response.tokens.tolist() for response in sorted(found)]
+
+    alone = changed.generate_ids([request.prompt for request in requests], seeds=[0, 0], max_new_tokens=12, controller=None)
+    assert texts(changed) == [text.token_ids for text in alone] != texts(coded)
