@@ -70,12 +70,19 @@ class _Reader(gguf.GGUFReader):
         return end - orig_offs, strings, list(range(count)), types
 
     def _build_tensors(self, start_offs: int, fields: list[gguf.ReaderField]) -> None:
+        if self.byte_order == "S":
+            raise UserError("its numbers are in the byte order of other machines; expected a file made for this one")
+        expected = 0
         for field in fields:
             _, name, _, dims, kind, offset = field.parts
-            block, block_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
-            end = start_offs + int(offset[0]) + int(np.prod(dims)) // block * block_bytes
+            name, block, block_bytes = bytes(name).decode(), *gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(int(kind[0]))]
+            size = math.prod(int(dim) for dim in dims) // block * block_bytes  # in Python's numbers, which do not run over
+            if int(offset[0]) != expected:
+                raise UserError(f"tensor {name} begins at byte {int(offset[0])} of the data; expected {expected}, behind the one before it")
+            end = start_offs + expected + size
             if end > len(self.data):
-                raise UserError(f"tensor {bytes(name).decode()} ends at byte {end}, the file has {len(self.data)}: it is truncated")
+                raise UserError(f"tensor {name} ends at byte {end}, the file has {len(self.data)}: it is truncated")
+            expected += -(-size // int(self.alignment)) * int(self.alignment)
         super()._build_tensors(start_offs, fields)
 
 
@@ -150,7 +157,10 @@ class GGUFSource:
     def field(self, name: str, default: Any = None) -> Any:
         """A metadata value as a Python object, or `default` where the file has none."""
         field = self._fields.get(name)
-        return default if field is None else field.contents()
+        try:
+            return default if field is None else field.contents()
+        except (ValueError, IndexError) as error:  # of bytes that are no text, too
+            raise UserError(f"{self.description}: metadata field {name} cannot be read ({error})") from None
 
     def read(self, name: str) -> np.ndarray:
         """One tensor, dequantized to float32, rows of q and k in Hugging Face order."""
@@ -211,6 +221,11 @@ class GGUFSource:
         vocab_size = self.shapes.get("model.embed_tokens.weight", (len(vocabulary),))[0]
         rotated = field("rope.dimension_count")
         head_dim = field("attention.key_length", rotated)
+        for name, value in (("rope.dimension_count", rotated), ("attention.key_length", head_dim)):
+            if not isinstance(value, int | None) or (value is not None and value <= 0):
+                raise UserError(
+                    f"{self.description}: metadata field {self.architecture}.{name} is {value!r:.80}; expected a positive integer"
+                )
         ends = [self.field(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
         return {
             "model_type": self.architecture,
@@ -229,7 +244,7 @@ class GGUFSource:
             "rope_theta": field("rope.freq_base"),
             "partial_rotary_factor": rotated / head_dim if rotated else None,
             "rope_scaling": self._rope_scaling(),
-            "eos_token_id": [token for token in ends if token is not None and 0 <= token < vocab_size],
+            "eos_token_id": [token for token in ends if isinstance(token, int) and 0 <= token < vocab_size],
         }
 
     def _rope_scaling(self) -> dict[str, Any]:

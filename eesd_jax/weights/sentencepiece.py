@@ -120,7 +120,16 @@ def build(pieces: Pieces, source: str) -> Tokenizer:
     return core
 
 
+def check_vocabulary(tokens: list[str], source: str) -> None:
+    """Raises UserError for a text that stands for two ids: one of them could be neither written nor read."""
+    ids: dict[str, int] = {}
+    for id_, token in enumerate(tokens):
+        if ids.setdefault(token, id_) != id_:
+            raise UserError(f"{source}: token {token!r:.80} has ids {ids[token]} and {id_}; expected one")
+
+
 def _check(pieces: Pieces, source: str) -> None:
+    check_vocabulary(pieces.tokens, source)
     for id_, (token, score) in enumerate(zip(pieces.tokens, pieces.scores, strict=True)):
         if not math.isfinite(score):
             raise UserError(f"{source}: token {id_} ({token!r}) has score {score}; expected a number")

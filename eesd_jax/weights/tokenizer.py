@@ -58,7 +58,8 @@ def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
       UserError: a field missing or of another kind, or a tokenizer model or pre-tokenizer that is not supported.
     """
     fields = _Fields(source)
-    vocabulary = fields.list_of(str, "tokens")
+    vocabulary = [token or f"[EMPTY_{i}]" for i, token in enumerate(fields.list_of(str, "tokens"))]  # as llama.cpp calls them
+    sentencepiece.check_vocabulary(vocabulary, source.description)
     if not vocabulary:
         raise UserError(f"{source.description}: metadata field tokenizer.ggml.tokens is empty; expected a vocabulary")
     kind = fields.get("model")
@@ -71,7 +72,7 @@ def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
 
     def special(name: str) -> str | None:
         token_id = fields.token_id(name, len(vocabulary))
-        return None if token_id is None else vocabulary[token_id] or None
+        return None if token_id is None else vocabulary[token_id]
 
     bos = special("bos")
     if bos is not None and fields.get("add_bos_token", bool, bos_by_default):
@@ -156,7 +157,7 @@ def _byte_level_bpe(fields: _Fields, vocabulary: list[str]) -> tuple[Tokenizer, 
         core.normalizer = normalizers.NFC()
     core.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     core.decoder = decoders.ByteLevel()
-    typed = [(token, type_) for token, type_ in zip(vocabulary, types, strict=True) if token]
+    typed = list(zip(vocabulary, types, strict=True))
     core.add_special_tokens([AddedToken(token, normalized=False, special=True) for token, type_ in typed if type_ == Kind.CONTROL])
     core.add_tokens([AddedToken(token, normalized=False, special=False) for token, type_ in typed if type_ == Kind.USER_DEFINED])
     return core, is_llama3

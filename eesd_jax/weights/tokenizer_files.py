@@ -137,7 +137,7 @@ def _from_sentencepiece(path: pathlib.Path, settings: _Settings) -> Tokenizer:
     pieces = sentencepiece.read_model(path, settings.prefix)
     tokens, kinds = list(pieces.tokens), list(pieces.kinds)
     for id_, token in settings.added.items():
-        if id_ < len(tokens) and tokens[id_] != token.content:  # in a place that was kept free for it
+        if id_ < len(tokens) and token.content not in tokens:  # in a place that was kept free for it
             tokens[id_], kinds[id_] = token.content, Kind.UNUSED
     core = sentencepiece.build(pieces._replace(tokens=tokens, kinds=kinds), str(path))
     settings.added = {id_: _as_it_is(token) for id_, token in settings.added.items()}
