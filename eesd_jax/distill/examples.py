@@ -213,10 +213,10 @@ def open_source(path: str, split: str, model: Target, validation_share: float) -
 
 
 class _DatasetExamples(Sequence[Example]):
-    """Examples of one split of a tfds dataset, read when they are asked for."""
+    """Examples of one split of a tfds dataset, read when they are asked for; UserError for one that is damaged."""
 
-    def __init__(self, source: Sequence[dict[str, Any]]):
-        self._source = source
+    def __init__(self, source: Sequence[dict[str, Any]], where: str):
+        self._source, self._where = source, where
 
     def __len__(self) -> int:
         return len(self._source)
@@ -224,30 +224,51 @@ class _DatasetExamples(Sequence[Example]):
     def __getitem__(self, index: int) -> Example:
         if not 0 <= index < len(self._source):
             raise IndexError(index)
-        record = self._source[index]
-        return Example(record["tokens"], record["response"])
+        try:
+            record = self._source[index]
+            return Example(record["tokens"], record["response"])
+        except Exception as error:  # whatever the readers of records and of examples raise
+            raise UserError(f"{self._where}, example {index} cannot be read ({_one_line(error)}); expected a complete copy") from None
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def _open_dataset(folder: epath.Path, split: str, model: Target) -> Source:
     name = os.fspath(folder)
+    _check_format(folder)
     foreign = f"dataset {name!r} was not written by train/self_generate.py"
     try:
         builder = tfds.builder_from_directory(name)
         provenance = (builder.info.metadata or {}).get("provenance")
         fields = set(builder.info.features or ())
     except Exception as error:  # whatever tfds and its parsers raise
-        raise UserError(f"dataset {name!r} cannot be read ({error})") from None
+        raise UserError(f"dataset {name!r} cannot be read ({_one_line(error)}); expected a complete copy") from None
     if not isinstance(provenance, dict) or not {"tokens", "response"} <= fields:
         raise UserError(f"{foreign} (its fields are {', '.join(sorted(fields))}); expected tokens, response, and metadata of their origin")
     try:
         # tfds gives an error for a split without examples.
         filled = split in builder.info.splits and builder.info.splits[split].num_examples
-        examples = _DatasetExamples(builder.as_data_source(split)) if filled else []
+        examples = _DatasetExamples(builder.as_data_source(split), f"dataset {name!r}, split {split!r}") if filled else []
         sample = examples[0] if filled else None
+    except UserError:
+        raise
     except Exception as error:
-        raise UserError(f"dataset {name!r}, split {split!r} cannot be read ({error}); expected a complete copy") from None
+        raise UserError(f"dataset {name!r}, split {split!r} cannot be read ({_one_line(error)}); expected a complete copy") from None
     _check_provenance(name, provenance, sample, model)
     return Source(name, examples, provenance)
+
+
+def _check_format(folder: epath.Path) -> None:
+    """Raises UserError for a dataset in files that only TensorFlow reads, of which tfds would say much in its own words."""
+    try:
+        info = json.loads((folder / _INFO_FILE).read_text())
+        kind = info.get("fileFormat") or info.get("file_format")
+    except (ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"dataset {os.fspath(folder)!r} cannot be read ({_one_line(error)}); expected a complete copy") from None
+    if kind != "array_record":
+        raise UserError(f"dataset {os.fspath(folder)!r} is in files of format {kind!r:.80}; expected 'array_record'")
 
 
 def _check_provenance(name: str, provenance: dict[str, Any], sample: Example | None, model: Target) -> None:
@@ -337,9 +358,12 @@ def encode_chat(messages: Sequence[dict[str, str]], where: str, model: Target) -
 
     def render(count: int, add_generation_prompt: bool) -> str:
         try:
-            return tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=add_generation_prompt)
+            text = tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # templates raise whatever jinja2 or their author chose
             raise UserError(f"{where}: the model's chat template refuses these messages: {error}") from None
+        if halves := [character for character in text if "\ud800" <= character <= "\udfff"]:  # JSON can carry them
+            raise UserError(f"{where}: the messages have half a character, {halves[0]!r}; expected whole ones")
+        return text
 
     tokens: list[int] = []
     response: list[bool] = []

@@ -9,6 +9,7 @@ import json
 import pathlib
 import shutil
 import time
+import tokenize
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -162,17 +163,17 @@ class FeatureCache:
     """
 
     def __init__(
-        self, folder: pathlib.Path, provenance: dict[str, Any], count: int, length: int, hidden_size: int, *, top: int, last: bool
+        self, folder: pathlib.Path, provenance: dict[str, Any], count: int, length: int, config: ModelConfig, *, top: int, last: bool
     ):
-        self._folder, self._count = folder, count
+        self._folder, self._count, self._vocab_size = folder, count, config.vocab_size
         float_kind = provenance["dtype"]
-        kinds = {"hidden": (float_kind, (hidden_size,)), "ids": ("int32", (top,)), "log_probs": (float_kind, (top,))}
+        kinds = {"hidden": (float_kind, (config.hidden_size,)), "ids": ("int32", (top,)), "log_probs": (float_kind, (top,))}
         if last:
-            kinds["last"] = (float_kind, (hidden_size,))
+            kinds["last"] = (float_kind, (config.hidden_size,))
         described = provenance | {"rows": count, "length": length, "kinds": {name: [kind, *shape] for name, (kind, shape) in kinds.items()}}
         about = folder / "provenance.json"
         if about.exists():
-            found = json.loads(about.read_text())
+            found = self._about(about)
             differences = [name for name in described if found.get(name) != described[name]]
             if differences:
                 raise UserError(f"{folder} caches other features: it differs in {', '.join(differences)}; expected another cache.path")
@@ -187,12 +188,37 @@ class FeatureCache:
             for name, (kind, shape) in kinds.items():
                 np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(count, length, *shape)).flush()
             _write_whole(about, json.dumps(described, indent=1))
-        progress = folder / "rows_done"
+        self._arrays = {name: self._open(name, np.dtype(kind), (count, length, *shape)) for name, (kind, shape) in kinds.items()}
+        self.rows = self._rows_done(folder / "rows_done")
+
+    def _about(self, path: pathlib.Path) -> dict[str, Any]:
         try:
-            self._arrays = {name: np.load(folder / f"{name}.npy", mmap_mode="r+") for name in kinds}
-            self.rows = int(progress.read_text()) if progress.exists() else 0
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise self._damaged(error) from None
+        return found if isinstance(found, dict) else {}
+
+    def _open(self, name: str, kind: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+        try:
+            array = np.lib.format.open_memmap(self._folder / f"{name}.npy", mode="r+")
+        except (OSError, ValueError, EOFError, SyntaxError, OverflowError, tokenize.TokenError, TypeError) as error:
+            raise self._damaged(error) from None
+        if (array.dtype, array.shape) != (kind, shape):
+            raise self._damaged(f"{name}.npy is {array.dtype} {list(array.shape)}, not {kind} {list(shape)}")
+        return array
+
+    def _rows_done(self, path: pathlib.Path) -> int:
+        try:
+            rows = int(path.read_text(encoding="utf-8")) if path.exists() else 0
         except (OSError, ValueError) as error:
-            raise UserError(f"{folder} cannot be read ({error}); expected a whole cache: remove it, and it is written again") from None
+            raise self._damaged(error) from None
+        if not 0 <= rows <= self._count:
+            raise self._damaged(f"{path.name} is {rows}, of {self._count} rows")
+        return rows
+
+    def _damaged(self, reason: Any) -> UserError:
+        told = " ".join(str(reason).split())[:200]
+        return UserError(f"{self._folder} cannot be read ({told}); expected a whole cache: remove it, and it is written again")
 
     @property
     def complete(self) -> bool:
@@ -229,6 +255,8 @@ class FeatureCache:
     def read(self, rows: np.ndarray, width: int) -> Features:
         """Numpy features of the first `width` positions of those rows."""
         get = {name: array[rows, :width] for name, array in self._arrays.items()}
+        if get["ids"].size and not 0 <= get["ids"].min() <= get["ids"].max() < self._vocab_size:
+            raise self._damaged(f"ids.npy has ids outside of the vocabulary, 0 to {self._vocab_size - 1}")
         return Features(get["hidden"], get.get("last"), TopTokens(get["ids"], get["log_probs"].astype(np.float32)))
 
 

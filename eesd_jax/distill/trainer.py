@@ -265,7 +265,7 @@ class Run:
         """The features of both splits, from disk as far as they are there."""
         config = self.config
         folder = pathlib.Path(config.cache.path or os.fspath(self.output / "cache")).expanduser()
-        length, hidden = config.data.sequence_length, self.model_config.hidden_size
+        length = config.data.sequence_length
         compute = jax.jit(self._features_to_keep)
 
         def run(batch: Batch) -> teacher.Features:
@@ -281,7 +281,7 @@ class Run:
                 "computed_in": self.identity["model.dtype"],
             }
             cache = teacher.FeatureCache(
-                folder / name, provenance, len(rows), length, hidden, top=config.cache.top_tokens, last=self._needs_last
+                folder / name, provenance, len(rows), length, self.model_config, top=config.cache.top_tokens, last=self._needs_last
             )
             caches[name] = cache
             if not cache.complete:
