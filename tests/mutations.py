@@ -137,7 +137,9 @@ def try_all(reader: Reader, folder: pathlib.Path, numbers: range) -> dict[str, i
     reader.make(good)
     size = sum(path.stat().st_size for path in good.rglob("*") if path.is_file())
     allowed = 60 * size + 2_000_000  # a Python object for each token, and what libraries hold
-    reader.read(good)  # what is compiled and imported for it
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        reader.read(good)  # what is compiled and imported for it
     assert outcome(lambda: reader.read(good), allowed) == "read"
     found = collections.Counter()
     for number in numbers:

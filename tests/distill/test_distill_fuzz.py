@@ -36,7 +36,7 @@ def make_dataset(folder: pathlib.Path) -> None:
 
 
 def read_dataset(folder: pathlib.Path) -> None:
-    rows = data.Rows(examples.open_source(str(folder / "dataset"), "train", MODEL, 0.0), DataConfig(sequence_length=16), MODEL)
+    rows = data.Rows(examples.open_source(str(folder / "dataset"), "train", MODEL, 0.0), DataConfig(sequence_length=64), MODEL)
     for index in range(len(rows)):
         row = rows[index]
         assert 0 <= row.tokens.min() <= row.tokens.max() < VOCAB
@@ -48,7 +48,7 @@ def make_chats(folder: pathlib.Path) -> None:
 
 
 def read_chats(folder: pathlib.Path) -> None:
-    data.Rows(examples.open_source(str(folder / "chats.json"), "train", MODEL, 0.0), DataConfig(sequence_length=16), MODEL)
+    data.Rows(examples.open_source(str(folder / "chats.json"), "train", MODEL, 0.0), DataConfig(sequence_length=64), MODEL)
 
 
 def cache_in(folder: pathlib.Path) -> teacher.FeatureCache:
