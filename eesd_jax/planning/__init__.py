@@ -1,1 +1,1 @@
-"""Programs for chips that are not there: memory, traffic and time before anything is run."""
+"""Plans for chips that are not there: compiles the real programs and says their memory, traffic and least time."""

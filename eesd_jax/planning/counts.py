@@ -1,10 +1,10 @@
-"""What decode programs do at least, by the arrays that they work on: each weight and cache is read once a pass, whatever the compiler does.
+"""Counts what decode programs do at least: arithmetic, and bytes read, from the arrays that they work on.
 
-For single rows XLA multiplies by other means than matrix products, and of what it reads the HLO says little: so the arrays are counted.
-Caches are counted whole, as attention reads them: masks, not lengths, hide what is not valid. Not counted: sampling, embeddings of single
-tokens, and the exit block's keys and values in verification.
+A pass reads each weight and cache once, whatever the compiler does. (The HLO says little here: for single rows XLA does not multiply by
+matrix products.) Caches are counted whole, as attention reads them, since masks hide what is not valid. Sampling, embeddings of single
+tokens, and the exit block's keys and values in verification are not counted. What programs compile to is left to `hlo.py`.
 
-Everything is of one chip. Axes: B rows, T tokens of a pass, N blocks that draft.
+All figures are for one chip. Axes: B rows, T tokens of a pass, N blocks that draft.
 """
 
 import math
@@ -22,7 +22,7 @@ from eesd_jax.planning.hlo import Cost
 
 
 class Decoding(NamedTuple):
-    """Shapes with shardings of what decoding works on. rows: B. exit_layer: N. exit_cache: of the exit block."""
+    """Shapes with shardings of the arrays that decoding works on. rows: B. exit_layer: N. exit_cache: of the exit block."""
 
     model: ModelConfig
     params: llama.Params
@@ -34,30 +34,30 @@ class Decoding(NamedTuple):
 
 
 def elements_of_a_chip(leaf: jax.ShapeDtypeStruct) -> int:
-    """Elements of an array that lie on one chip, without padding."""
+    """Counts the elements of an array that lie on one chip, without padding."""
     return math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)
 
 
 def bytes_of_a_chip(tree: Any) -> int:
-    """Bytes of arrays that lie on one chip, without padding."""
+    """Counts the bytes of arrays that lie on one chip, without padding."""
     # Two codes of 4 bits share a byte of a device; NumPy, which gives the item size, gives each its own.
     return sum(elements_of_a_chip(leaf) * (4 if leaf.dtype == jnp.int4 else 8 * leaf.dtype.itemsize) for leaf in jax.tree.leaves(tree)) // 8
 
 
 def prefill(decoding: Decoding, length: int, passes: int) -> Cost:
-    """Prompts in so many passes of `length` tokens of every row; attention within a pass is not counted."""
+    """Counts prefill: so many passes of `length` tokens of every row, without the attention within a pass."""
     caches = (decoding.cache, decoding.exit_cache)
     once = _blocks(decoding, range(decoding.model.num_layers), length, reads_cache=passes > 1)
     return once.times(passes) + Cost(0.0, bytes_of_a_chip(caches), {}, 0)
 
 
 def plain_step(decoding: Decoding) -> Cost:
-    """A token of every row through the whole model."""
+    """Counts a plain step: one token of every row through the whole model."""
     return _blocks(decoding, range(decoding.model.num_layers), 1) + _head(decoding, 1)
 
 
 def eesd_round(decoding: Decoding, drafts: int, width: int) -> Cost:
-    """A round of that many drafts: blocks 1..N on each and on the token before, the branch for each, and verification of that width."""
+    """Counts a round: blocks 1..N on every draft and on the token before them, the branch for every draft, and verification of that width."""
     early, late = range(decoding.exit_layer), range(decoding.exit_layer, decoding.model.num_layers)
     branch = decoding.branch._replace(draft_ids=None)
     draft = _pass(decoding, branch, decoding.exit_cache, 1)
@@ -78,7 +78,7 @@ def _head(decoding: Decoding, length: int) -> Cost:
 
 
 def _pass(decoding: Decoding, weights: Any, caches: Any, length: int) -> Cost:
-    """`length` tokens of every row times all matrices among the weights, and their queries times the caches."""
+    """Counts a pass: `length` tokens of every row times all matrices among the weights, and their queries times the caches."""
     tokens = decoding.rows * length
     queries = length * decoding.model.num_heads // decoding.model.num_kv_heads  # that each entry of a cache meets
     stored = jax.tree.leaves(weights, is_leaf=lambda node: isinstance(node, Quantized))

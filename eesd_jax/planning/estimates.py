@@ -1,7 +1,7 @@
-"""What programs need by arithmetic, where there is no compiler at hand (GPUs), or before it is asked.
+"""Estimates what programs need, by arithmetic: where there is no compiler (GPUs), or before it is asked.
 
-Arrays are those that would be given to the compiler, over a mesh of no devices, so what is held is exact. Temporaries and traffic are
-those of the tensors that cannot be avoided; docs/plan.md has them beside the compiler's.
+The arrays are those that the compiler would be given, over a mesh of no devices, so what is held is exact. Temporaries and traffic count
+only the tensors that cannot be avoided; docs/plan.md compares them with the compiler's.
 
 Axes: B rows of a chip, T tokens, D hidden, F mlp, V vocabulary, Q draft vocabulary, N heads of a chip.
 """
@@ -34,7 +34,7 @@ def _mesh(sizes: dict[str, int]) -> AbstractMesh:
 
 
 def estimate_distill(config: ExperimentConfig, model: ModelConfig, where: Slice) -> Need:
-    """A training step's needs; raises UserError for a mesh or a batch that does not fit the chips."""
+    """Estimates a training step; raises UserError for a mesh or a batch that does not fit the chips."""
     check_against_model(config, model)
     sizes = mesh_sizes(config, where.chips, where.count)
     given = programs.training(config, model, Layout(_mesh(sizes), 0, 1))
@@ -46,7 +46,7 @@ def estimate_distill(config: ExperimentConfig, model: ModelConfig, where: Slice)
 
 
 def _part(config: ExperimentConfig, sizes: dict[str, int]) -> int:
-    """Rows that a chip runs at once."""
+    """Counts the rows that a chip runs at once."""
     return config.batch_size // config.optimizer.accumulate // (sizes["data"] * sizes["fsdp"])
 
 
@@ -61,7 +61,7 @@ def _distill_temporaries(config: ExperimentConfig, model: ModelConfig, given: pr
     logits = rows * min(config.loss.chunk, length) * (model.vocab_size + 2 * drafts) * 4 // tensor
     gathered = _whole_head_bytes(given, sizes) + _whole_bytes(given.state.trained.block, sizes, width) if sizes["fsdp"] > 1 else 0
     gradients = bytes_of_a_chip(given.state.trained)
-    # Hidden states behind block N and the last, the stream, and its gradient live all along; the others one after the other.
+    # The outputs of block N and of the last block, the stream, and its gradient live all along; the others one after the other.
     return 4 * residual + max(attention + mlp, 2 * logits) + gathered + gradients
 
 
@@ -86,7 +86,7 @@ def _distill_cost(config: ExperimentConfig, model: ModelConfig, given: programs.
         "reduce-scatter": gradients * (fsdp - 1) / fsdp,
         "all-reduce": 2 * gradients / fsdp * (data - 1) / data,
     }
-    if tensor > 1:  # activations, behind attention and behind the mlp
+    if tensor > 1:  # activations, after attention and after the mlp
         collectives["all-reduce"] += 2 * blocks * parts * 2 * (tensor - 1) / tensor * rows * length * hidden * width
     # Weights as they are gathered, written and read; attention's scores, written once and read for their sum and for the product; the
     # optimizer's state.
@@ -96,7 +96,7 @@ def _distill_cost(config: ExperimentConfig, model: ModelConfig, given: programs.
 
 
 def _whole_bytes(tree: Any, sizes: dict[str, int], width: int) -> int:
-    """Bytes of a chip's weights once they are gathered over `fsdp`, at so many bytes an element."""
+    """Counts the bytes of a chip's weights once they are gathered over `fsdp`, at so many bytes an element."""
     return sum(leaf.size for leaf in jax.tree.leaves(tree)) * width // sizes["tensor"]
 
 
@@ -107,7 +107,7 @@ def _whole_head_bytes(given: programs.Training, sizes: dict[str, int]) -> int:
 
 
 def estimate_decode(config: ExperimentConfig, model: ModelConfig, where: Slice, shape: DecodeShape) -> Iterator[Need]:
-    """Needs of prefill, a plain step and a round; raises UserError for an exit layer that there is not."""
+    """Estimates prefill, a plain step and a round; raises UserError for an exit layer that does not exist."""
     chips = where.chips
     on = programs.decoding(config, model, _mesh({"data": 1, "fsdp": 1, "tensor": chips}), shape)
     found = programs.shapes(config, model, shape)
@@ -126,14 +126,14 @@ def estimate_decode(config: ExperimentConfig, model: ModelConfig, where: Slice, 
 
 
 def _pass_bytes(on: Decoding, width: int, capacity: int, chips: int) -> int:
-    """Activations of one block of a pass."""
+    """Counts the bytes of the activations of one block of a pass."""
     model, size = on.model, on.params["final_norm"].dtype.itemsize
     scores = on.rows * math.ceil(model.num_heads / chips) * width * (capacity + width) * (4 + 4 + size)
     return scores + on.rows * width * size * (4 * model.hidden_size + 3 * model.intermediate_size // chips)
 
 
 def _decode_traffic(on: Decoding, name: str, run: programs.Run, found: programs.Shapes, chips: int) -> dict[str, float]:
-    """Two sums of activations a block, and the logits."""
+    """Counts the bytes that a chip sends: two sums of activations a block, and the logits."""
     if chips == 1:
         return {}
     model, size = on.model, on.params["final_norm"].dtype.itemsize
@@ -148,7 +148,7 @@ def _decode_traffic(on: Decoding, name: str, run: programs.Run, found: programs.
 
 
 def estimate(config: ExperimentConfig, model: ModelConfig, where: Slice, shape: DecodeShape, what: str) -> Iterator[Need]:
-    """What is asked for: `distill`, `decode`, or `all` of it."""
+    """Estimates what is asked for: `distill`, `decode`, or `all` of it."""
     if what in ("distill", "all"):
         yield estimate_distill(config, model, where)
     if what in ("decode", "all"):

@@ -1,9 +1,8 @@
-"""What a compiled program does, read from its HLO text: arithmetic, memory traffic, and bytes between chips.
+"""Reads from a compiled program's HLO text what it does: arithmetic, memory traffic, and bytes between chips.
 
-XLA's own `cost_analysis` counts the body of a loop once, whatever its length; here it is counted as often as it runs. Matrix products alone
-count as arithmetic. Memory traffic is what instructions read and write that are not fused into others, as far as it lies in main memory; of
-an array of which a slice is used, the slice; of a collective that runs beside several fusions, what it moves, once. Everything is of one
-chip.
+XLA's own `cost_analysis` counts the body of a loop once, whatever its length; here it is counted as often as it runs. Only matrix products
+count as arithmetic. Memory traffic is what unfused instructions read from and write to main memory. Where only a slice of an array is used,
+the slice counts; where a collective runs beside several fusions, its arrays count once. All figures are for one chip.
 """
 
 import collections
@@ -14,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-# What a chip sends (and receives) for each byte that it gives to a collective among n chips, where none sends anything in vain.
+# Bytes that a chip sends (and receives) for each byte that it gives to a collective among n chips, with the best algorithm.
 _TRAFFIC = {
     "all-gather": lambda n: n - 1,
     "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -36,7 +35,7 @@ _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) \(.*\{$")
 
 
 class Instruction(NamedTuple):
-    """One line. kind: text of its type. given: text of its operands. details: what stands behind them."""
+    """One line of HLO. kind: text of its type. given: text of its operands. details: the text after them."""
 
     name: str
     kind: str
@@ -47,15 +46,15 @@ class Instruction(NamedTuple):
 
     @property
     def operands(self) -> list[str]:
-        """Names of the operands."""
+        """Lists the names of the operands."""
         return re.findall(r"%([\w.\-]+)", self.given)
 
 
 class Cost(NamedTuple):
-    """What a chip does in one run.
+    """The work of one run, on one chip.
 
     flops: multiplications and additions of matrix products. bytes: read from and written to main memory. collectives: bytes that the chip
-    sends, by kind. open_loops: how many loops run as often as the data will have it; see `Module.run` for how they are counted.
+    sends, by kind. open_loops: how many loops have a length that depends on data; see `Module.run` for how they are counted.
     """
 
     flops: float
@@ -78,12 +77,12 @@ _NOTHING = Cost(0.0, 0.0, {}, 0)
 
 
 def cost(text: str, open_trips: Sequence[int] = (1,)) -> Cost:
-    """The cost of a program whose text is `compiled.as_text()`; see `Module.run`."""
+    """Counts the cost of a program whose text is `compiled.as_text()`; see `Module.run`."""
     return Module(text).run(open_trips)
 
 
 class Module:
-    """A program that was read. text: `compiled.as_text()`."""
+    """A program, parsed. text: `compiled.as_text()`."""
 
     def __init__(self, text: str):
         self.entry = ""
@@ -98,18 +97,18 @@ class Module:
                 current[found.name] = found
 
     def run(self, open_trips: Sequence[int] = (1,), chosen: Mapping[int, int] | None = None) -> Cost:
-        """The cost of one run.
+        """Counts the cost of one run.
 
         Args:
           open_trips: how often to count the body of a loop whose length is not known: of an outer one, of one within such a loop, ...;
-            the last one holds for all further within.
-          chosen: of conditionals with so many branches, which one is counted; of others it is the costliest.
+            the last number holds for all deeper ones.
+          chosen: which branch to count, by the number of branches of a conditional; of other conditionals the costliest counts.
         """
         self._chosen = dict(chosen or {})
         return self.cost(self.entry, tuple(open_trips))
 
     def cost(self, name: str, open_trips: tuple[int, ...], channels: set[str] | None = None) -> Cost:
-        """The cost of a computation; `channels` are given where it is part of a fusion: of the collectives that were counted already."""
+        """Counts the cost of a computation. channels: given where it is part of a fusion, the collectives that were counted already."""
         total = _NOTHING
         fused, channels = channels is not None, set() if channels is None else channels
         computation = self.computations[name]
@@ -156,7 +155,7 @@ class Module:
         return Cost(flops, moved, collectives, 0)
 
     def _trips(self, one: Instruction, computation: dict[str, Instruction]) -> int | None:
-        """How often a loop runs: as XLA says, or as `for i in range(start, limit, step)` with constants does; None where data decide."""
+        """Finds how often a loop runs: as XLA says, or as `for i in range(start, limit, step)` with constants; None where data decide."""
         if match := re.search(r'"known_trip_count":\{"n":"(\d+)"', one.details):
             return int(match[1])
         condition, body = (self.computations[_callee(one, role)] for role in ("condition", "body"))
@@ -179,7 +178,7 @@ class Module:
         return read + self._bytes_written(inner, _root(inner))
 
     def _bytes_read(self, inner: dict[str, Instruction], number: int) -> float:
-        """What a fused computation reads of its parameter of that number."""
+        """Counts the bytes that a fused computation reads of its parameter of that number."""
         parameter = next(one for one in inner.values() if one.opcode == "parameter" and int(one.given) == number)
         return min(self._bytes_used(inner, parameter), size(parameter.kind))
 
@@ -225,7 +224,7 @@ def _parse(line: str) -> Instruction | None:
 
 
 def _closing(text: str, depth: int) -> int:
-    """Where the bracket closes that opened `depth` brackets before the text, or at its beginning."""
+    """Finds where the outermost bracket closes; `depth` brackets are open before the text."""
     for i, letter in enumerate(text):
         depth += (letter == "(") - (letter == ")")
         if depth == 0:
@@ -239,7 +238,7 @@ def _is_mark(one: Instruction) -> bool:
 
 
 def _is_new(one: Instruction, channels: set[str]) -> bool:
-    """Whether a collective is met for the first time: one that runs beside several fusions stands in each of them."""
+    """Says whether a collective is met for the first time: one that runs beside several fusions stands in each of them."""
     match = re.search(r"channel_id=(\d+)", one.details)
     channel = match[1] if match else one.name
     met = channel in channels
@@ -266,7 +265,7 @@ def _root(computation: dict[str, Instruction]) -> Instruction:
 
 
 def _original(name: str, computation: dict[str, Instruction]) -> Instruction:
-    """What an instruction is a copy of."""
+    """Follows copies, bitcasts and conversions back to the instruction that they begin from."""
     one = computation[name]
     while one.opcode in ("copy", "bitcast", "convert"):
         one = computation[one.operands[0]]
@@ -274,25 +273,25 @@ def _original(name: str, computation: dict[str, Instruction]) -> Instruction:
 
 
 def _place(name: str, computation: dict[str, Instruction]) -> int | None:
-    """Which element of a tuple an instruction takes; None where it takes none."""
+    """Finds which element of a tuple an instruction takes; None where it takes none."""
     one = _original(name, computation)
     return int(re.search(r"index=(\d+)", one.details)[1]) if one.opcode == "get-tuple-element" else None
 
 
 def _constant(name: str, computation: dict[str, Instruction]) -> int | None:
-    """The value of an integer constant; None where it is none."""
+    """Reads the value of an integer constant; None for anything else."""
     one = _original(name, computation)
     return int(one.given) if one.opcode == "constant" and re.fullmatch(r"-?\d+", one.given) else None
 
 
 def _arrays(kind: str) -> Iterator[tuple[str, list[int], str]]:
-    """Element type, dimensions and layout of every array of a type."""
+    """Yields element type, dimensions and layout of every array of a type."""
     for name, dimensions, layout in _ARRAY.findall(kind):
         yield name, [int(one) for one in dimensions.split(",") if one], layout
 
 
 def size(kind: str, *, everywhere: bool = False) -> float:
-    """Bytes of a type's arrays: of those that lie in main memory, or `everywhere`."""
+    """Counts the bytes of a type's arrays: of those that lie in main memory, or of all with `everywhere`."""
     total = 0.0
     for name, dimensions, layout in _arrays(kind):
         if everywhere or not re.search(r"S\([1-9]", layout):
@@ -310,7 +309,7 @@ def _dimensions(name: str, computation: dict[str, Instruction]) -> list[int]:
 
 
 def _bytes(one: Instruction, computation: dict[str, Instruction]) -> float:
-    """Memory traffic of an instruction that is not fused."""
+    """Counts the memory traffic of an instruction that is not fused."""
     operands = [computation[name].kind for name in one.operands if name in computation]
     if one.opcode in _SLICES:
         moved = size(one.kind, everywhere=True)
@@ -331,7 +330,7 @@ def _dot_flops(one: Instruction, computation: dict[str, Instruction]) -> float:
 
 
 def _convolution_flops(one: Instruction, computation: dict[str, Instruction]) -> float:
-    """TPUs see matrix products as convolutions, batch axes as windows of which only one place falls on data."""
+    """Counts a convolution: on TPUs matrix products are convolutions, with batch axes as windows of which only one place falls on data."""
     left, right, out = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.details).groups()
     data, kernel = (_dimensions(name, computation) for name in one.operands)
     result = next(_arrays(one.kind))[1]
@@ -353,20 +352,20 @@ def _convolution_flops(one: Instruction, computation: dict[str, Instruction]) ->
 
 @functools.cache
 def _places(outputs: int, taps: int, extent: int, stride: int, before: int, left_step: int, right_step: int) -> int:
-    """Pairs of an output and a tap of the window that fall on data, along one axis."""
+    """Counts the pairs of an output and a tap of the window that fall on data, along one axis."""
     positions = (out * stride - before + tap * right_step for out in range(outputs) for tap in range(taps))
     return sum(0 <= position < extent and position % left_step == 0 for position in positions)
 
 
 def group_size(details: str) -> int:
-    """How many chips take part in a collective; ValueError for groups in a form that is not known here."""
+    """Counts the chips that take part in a collective; raises ValueError for groups in an unknown form."""
     if "source_target_pairs=" in details:
         return 2
     if match := re.search(r"replica_groups=\{\{([\d,]+)\}", details):
         return match[1].count(",") + 1
     if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", details):
         return int(match[2])
-    # Axes of a mesh, which may say in which order it has the chips; of an axis a part may be meant: 'axis_0':(1)4.
+    # Axes of a mesh, which may list the order of its chips; a part of an axis is written 'axis_0':(1)4.
     if match := re.search(r"replica_groups=\S*mesh\w*\[([^\]]*)\](?:, device_ids=\S+)?\s*\{([^}]*)\}", details):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
         axes = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", match[2])

@@ -1,6 +1,7 @@
-"""What a program needs of a chip: memory by kind, and the least time, whether it was compiled or reckoned (`estimates.py`).
+"""Says what a program needs of a chip: memory by kind, and the least time; of compiled programs and of estimated ones (`estimates.py`).
 
-Training: everything from the HLO. Decoding: arithmetic and memory traffic by the arrays (`counts.py`), what chips send from the HLO.
+For training everything comes from the HLO. For decoding, arithmetic and memory traffic come from the arrays (`counts.py`), and the bytes
+that chips send from the HLO.
 """
 
 from typing import NamedTuple
@@ -16,7 +17,7 @@ from eesd_jax.planning.slices import Slice
 class Memory(NamedTuple):
     """Bytes of one chip.
 
-    held: by kind, see `plan.Program`. padding: of arguments, to whole tiles. output: beyond what takes an argument's place.
+    held: by kind, see `programs.Program`. padding: of arguments, to whole tiles. output: beyond what takes an argument's place.
     """
 
     held: dict[str, int]
@@ -31,7 +32,7 @@ class Memory(NamedTuple):
 
 
 class Times(NamedTuple):
-    """Seconds that one run takes a chip at least, by what it would wait for if it waited for nothing else."""
+    """Seconds that one run takes a chip at least, if it were bound by arithmetic, by memory, or by links alone."""
 
     compute: float
     memory: float
@@ -43,12 +44,12 @@ class Times(NamedTuple):
 
     @property
     def bound(self) -> str:
-        """What it waits for."""
+        """Names what the run waits for: the largest of the three."""
         return max(self._fields, key=lambda name: getattr(self, name))
 
 
 class Run(NamedTuple):
-    """name: as of `plan.Run`. tokens: that it takes, or makes at most. cost: of one chip."""
+    """One way in which a program runs. name: as of `programs.Run`. tokens: taken, or made at most. cost: of one chip."""
 
     name: str
     tokens: int
@@ -56,7 +57,7 @@ class Run(NamedTuple):
 
 
 class Need(NamedTuple):
-    """A program's. runs: the ways in which it runs, of which all but rounds have one."""
+    """The needs of a program. runs: the ways in which it runs; only rounds have several."""
 
     name: str
     memory: Memory
@@ -64,7 +65,7 @@ class Need(NamedTuple):
 
 
 def memory(program: Program) -> Memory:
-    """What a chip holds while the program runs."""
+    """Sums up what a chip holds while the program runs."""
     held = {kind: bytes_of_a_chip(arrays) for kind, arrays in program.held.items()}
     stats = program.compiled.memory_analysis()
     arguments = [leaf for leaf in jax.tree.leaves(program.arguments) if isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -78,7 +79,7 @@ def memory(program: Program) -> Memory:
 
 
 def need(program: Program) -> Need:
-    """What a compiled program needs."""
+    """Reads from a compiled program what it needs."""
     module = hlo.Module(program.compiled.as_text())
     if program.name == DISTILL:
         runs = [Run("", program.tokens, module.run())]
@@ -89,24 +90,24 @@ def need(program: Program) -> Need:
 
 
 def times(cost: hlo.Cost, where: Slice) -> Times:
-    """The roofline (Williams et al. 2009) of a program on a chip of that slice; no rate is ever reached in full."""
+    """Computes the roofline (Williams et al. 2009) of a program on a chip of that slice; no rate is ever reached in full."""
     chip = where.chip
     traffic = sum(cost.collectives.values())
     return Times(cost.flops / chip.flops, cost.bytes / chip.bandwidth, traffic / (where.links * chip.link) if traffic else 0.0)
 
 
 def find_problem(of: Need, where: Slice) -> str | None:
-    """One line, where what the process holds beside the program's own leaves it no room."""
+    """Returns one line if the program and all that the process holds do not fit into a chip's memory, else None."""
     needed, there = of.memory.total, where.chip.memory
     return f"{of.name} needs {gib(needed)} GiB of a chip's memory, which is {gib(there)} GiB" if needed > there else None
 
 
 def describe(of: Need, where: Slice, tokens: float, plain: float | None = None) -> dict[str, str]:
-    """What to show of a program, by row.
+    """Makes the table of a program: its values as text, by the name of the row.
 
     Args:
       tokens: to train on.
-      plain: seconds of a plain step, with which rounds are compared.
+      plain: seconds of a plain step, which rounds are compared with.
     """
     held = of.memory
     rows = {f"{kind}, GiB a chip": gib(size) for kind, size in held.held.items()}

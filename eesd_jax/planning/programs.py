@@ -1,8 +1,8 @@
-"""The programs of training and decoding for machines that are not there: the real ones, compiled for a named TPU slice.
+"""Compiles the real programs of training and decoding for a named TPU slice that is not there.
 
 The arguments are shapes with shardings, so nothing is allocated and no weights are needed. The training step is the trainer's, over the
-trainer's mesh; the decode programs are the engine's, with the target's weights over the `tensor` axis of all chips. Not in it: evaluation
-(a smaller step without gradients), and the input pipeline. What is read of them is in `planning/needs.py`.
+trainer's mesh; the decode programs are the engine's, with the target's weights over the `tensor` axis of all chips. Evaluation (a smaller
+step without gradients) and the input pipeline are left out. Reading memory and cost from the programs is left to `needs.py`.
 
 Axes: B rows, T tokens, P padded prompt.
 """
@@ -47,8 +47,8 @@ class DoesNotFit(Exception):
 class Run(NamedTuple):
     """A way in which a decode program runs.
 
-    name: what tells it from others of the program. tokens: that it takes, or makes at most. work: of the arrays, see `planning/counts.py`.
-    trips, chosen: how it goes through the HLO, see `hlo.Module.run`.
+    name: tells it from the program's other ways. tokens: taken, or made at most. work: counted by the arrays, see `planning/counts.py`.
+    trips, chosen: its way through the HLO, see `hlo.Module.run`.
     """
 
     name: str
@@ -59,10 +59,10 @@ class Run(NamedTuple):
 
 
 class Program(NamedTuple):
-    """What was compiled.
+    """A compiled program.
 
     compiled: for one chip of the slice. arguments: shapes with shardings. held: the arrays that are there while it runs, by kind:
-    arguments, each once, and what else the process keeps. tokens: that one run of it takes or makes, at least. runs: of decoding.
+    arguments, each once, and what else the process keeps. tokens: taken or made by one run, at least. runs: of decoding.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Program(NamedTuple):
 
 
 def _placed(shape: Any, home: Any, dtype: jnp.dtype | None = None) -> Any:
-    """Shapes with shardings, leaf by leaf."""
+    """Gives shapes their shardings, leaf by leaf."""
     return jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, dtype or leaf.dtype, sharding=at), shape, home)
 
 
 def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, quantize: str = NOT_QUANTIZED) -> llama.Params:
-    """The target's weights as `load_model` would place them."""
+    """Returns the target's weights as shapes, placed as `load_model` would place them."""
 
     def of(kind: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | Quantized:
         return jax.ShapeDtypeStruct(leaf.shape, dtype) if kind == NOT_QUANTIZED else quantized.shapes(leaf.shape, kind)
@@ -97,7 +97,7 @@ def _abstract_branch(config: ModelConfig, settings: BranchConfig, dtype: jnp.dty
 
 
 def _abstract_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) -> teacher.Trunk:
-    """What `teacher.split_trunk` makes of the params."""
+    """Does to shapes what `teacher.split_trunk` does to the params."""
 
     def stack(blocks: tuple[llama.Params, ...]) -> llama.Params:
         if not blocks:
@@ -111,7 +111,7 @@ def _abstract_trunk(config: ModelConfig, params: llama.Params, exit_layer: int) 
 
 
 class Training(NamedTuple):
-    """A training step's arguments. held: the arrays that are there while it runs, by kind."""
+    """The arguments of a training step. held: the arrays that are there while it runs, by kind."""
 
     config: step.StepConfig
     frozen: step.Frozen
@@ -122,7 +122,7 @@ class Training(NamedTuple):
 
 
 def training(config: ExperimentConfig, model: ModelConfig, layout: Layout) -> Training:
-    """What the trainer gives its step, over a mesh that may be one of no devices (`jax.sharding.AbstractMesh`)."""
+    """Makes the arguments that the trainer gives its step, over a mesh that may have no devices (`jax.sharding.AbstractMesh`)."""
     mesh, dtype, rows, length = layout.mesh, jnp.dtype(config.dtype or "bfloat16"), config.batch_size, config.data.sequence_length
     step_config = step.StepConfig.of(config, model, layout)
     params = abstract_params(model, dtype, mesh, config.quantize)
@@ -141,21 +141,21 @@ def training(config: ExperimentConfig, model: ModelConfig, layout: Layout) -> Tr
         top = TopTokens(of_rows(*kept), of_rows(*kept, dtype=jnp.float32))
         features = teacher.Features(hidden, hidden if config.loss.regression or config.branch.deep_input else None, top)
     tied = model.tie_embeddings
-    # The branch's head is then the target's own, which it is not where that is quantised.
+    # Then the branch's head is the target's own; a quantised target's head is not shared.
     shared = branch.draft_ids.size == model.vocab_size and config.quantize == NOT_QUANTIZED
     held = {
         "weights": (trunk._replace(head=None) if tied else trunk, None if shared else branch.head, branch.draft_ids),
         "trained branch": state.trained,
         "optimizer state": (state.step, state.optimizer),
         "batch": (batch, features),
-        # Behind the step, while it is written.
+        # After the step, while it is written.
         "copy for the checkpoint": state,
     }
     return Training(step_config, step.Frozen(trunk, branch.head, branch.draft_ids), state, batch, features, held)
 
 
 def compile_distill(config: ExperimentConfig, model: ModelConfig, devices: Sequence[jax.Device]) -> Program:
-    """The training step of an experiment, over all those devices.
+    """Compiles the training step of an experiment, over all those devices.
 
     Raises:
       UserError: a mesh or a batch that does not fit the devices, or an experiment that does not fit the model.
@@ -170,7 +170,7 @@ def compile_distill(config: ExperimentConfig, model: ModelConfig, devices: Seque
 
 
 def _abstract_state(config: step.StepConfig, branch: exit_branch.ExitBranch, mesh: Mesh, *, train_head: bool) -> step.TrainState:
-    """What `step.init_state` makes of a branch."""
+    """Does to a branch's shapes what `step.init_state` does to a branch."""
     trained = step.Trained(branch.block, branch.norm, branch.fusion, branch.head if train_head else None)
     trained = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.float32, sharding=leaf.sharding), trained)
     homes = step.state_shardings(config, trained, mesh)
@@ -179,7 +179,7 @@ def _abstract_state(config: step.StepConfig, branch: exit_branch.ExitBranch, mes
 
 
 class DecodeShape(NamedTuple):
-    """What is decoded: rows, tokens of the prompt and of the answer at most, drafts in a round at most, and what decides how many."""
+    """The task to decode: rows, most tokens of a prompt and of an answer, most drafts in a round, and the controller."""
 
     batch: int
     prompt_tokens: int
@@ -189,7 +189,7 @@ class DecodeShape(NamedTuple):
 
 
 class Shapes(NamedTuple):
-    """What the engine makes of a `DecodeShape`. padded, capacity, chunk: tokens of a prompt, a cache, a prefill's pass."""
+    """The engine's shapes for a `DecodeShape`. padded, capacity, chunk: tokens of a prompt, a cache, a pass of prefill."""
 
     draft: DraftConfig
     padded: int
@@ -198,13 +198,13 @@ class Shapes(NamedTuple):
 
     @property
     def passes(self) -> tuple[int, int]:
-        """Tokens of a pass of prefill, and how many there are."""
+        """Returns the tokens of a pass of prefill, and the number of passes."""
         length = min(self.padded, self.chunk)
         return length, -(-self.padded // length)
 
 
 def shapes(config: ExperimentConfig, model: ModelConfig, shape: DecodeShape) -> Shapes:
-    """Raises UserError for an exit layer that there is not."""
+    """Finds the engine's shapes; raises UserError for an exit layer that does not exist."""
     exit_branch.check_exit_layer(model, config.branch.exit_layer, deep_input=config.branch.deep_input)
     options = DecodeConfig()
     longest = min(shape.prompt_tokens + shape.max_new_tokens, model.context_length) + shape.max_draft + 1
@@ -213,7 +213,7 @@ def shapes(config: ExperimentConfig, model: ModelConfig, shape: DecodeShape) -> 
 
 
 def decoding(config: ExperimentConfig, model: ModelConfig, mesh: Mesh | AbstractMesh, shape: DecodeShape) -> Decoding:
-    """What decoding works on. Caches are split as the heads are; where that cannot be done evenly, not at all."""
+    """Makes the arrays that decoding works on. Caches are split as the heads are; where that cannot be done evenly, not at all."""
     dtype, found = jnp.dtype(config.dtype or "bfloat16"), shapes(config, model, shape)
     heads = "tensor" if model.num_kv_heads % mesh.shape["tensor"] == 0 else None
     home = NamedSharding(mesh, PartitionSpec(None, heads))
@@ -228,7 +228,7 @@ def decoding(config: ExperimentConfig, model: ModelConfig, mesh: Mesh | Abstract
 
 
 def runs_of(name: str, found: Shapes, on: Decoding) -> tuple[Run, ...]:
-    """The ways in which a decode program runs: rounds by their drafts."""
+    """Lists the ways in which a decode program runs: rounds by their drafts."""
     if name == PREFILL:
         length, passes = found.passes
         return (Run("", on.rows * found.padded, counts.prefill(on, length, passes), (passes,)),)
@@ -246,10 +246,10 @@ def runs_of(name: str, found: Shapes, on: Decoding) -> tuple[Run, ...]:
 
 
 def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequence[jax.Device], shape: DecodeShape) -> Iterator[Program]:
-    """Prefill, a plain step, and a round of EESD, as the engine runs them; weights over the `tensor` axis of all devices.
+    """Compiles prefill, a plain step, and a round of EESD, as the engine runs them; weights over the `tensor` axis of all devices.
 
     Raises:
-      UserError: an exit layer that there is not, or a controller that needs measured times.
+      UserError: an exit layer that does not exist, or a controller that needs measured times.
       DoesNotFit: one of them needs more memory than a chip has.
     """
     controller = control.build_controller(shape.controller, ControllerConfig(), Calibration(), None)
@@ -296,7 +296,7 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
 def compile_programs(
     config: ExperimentConfig, model: ModelConfig, devices: Sequence[jax.Device], shape: DecodeShape, what: str
 ) -> Iterator[Program]:
-    """What is asked for, compiled one after the other: `distill`, `decode`, or `all` of it."""
+    """Compiles what is asked for, one program after the other: `distill`, `decode`, or `all` of it."""
     if what in ("distill", "all"):
         yield compile_distill(config, model, devices)
     if what in ("decode", "all"):

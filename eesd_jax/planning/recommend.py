@@ -1,7 +1,7 @@
-"""Which slice to take: the standard ones, smallest first, each tried until one fits.
+"""Recommends a slice: tries the standard ones, smallest first, until one fits.
 
-What cannot fit by what is held alone is not compiled for. A training step is tried on the mesh that arithmetic (`estimates.py`) finds
-fastest among those that it finds to fit; if the compiler disagrees, on the one that needs least memory.
+Slices that cannot even hold the arrays are not compiled for. A training step is tried on the mesh that arithmetic (`estimates.py`) finds
+fastest among those that fit; if the compiler disagrees, on the one that needs least memory.
 """
 
 import dataclasses
@@ -16,19 +16,19 @@ from eesd_jax.planning.needs import Need
 from eesd_jax.planning.programs import DISTILL, DecodeShape, DoesNotFit
 from eesd_jax.planning.slices import Slice
 
-# Gives what is asked for of a config on a slice, program by program: compiled, or by arithmetic.
+# Plans what is asked for of a config on a slice, program by program: compiled, or by arithmetic.
 Planner = Callable[[ExperimentConfig, ModelConfig, Slice, DecodeShape, str], Iterator[Need]]
 
 
 class Split(NamedTuple):
-    """A mesh, and what arithmetic says of the training step on it."""
+    """A mesh, and the estimate of the training step on it."""
 
     mesh: MeshConfig
     need: Need
 
 
 class Tried(NamedTuple):
-    """A slice that was tried. mesh: of training. problem: why it does not fit, else None. needs: what was found; may be incomplete."""
+    """A slice that was tried. mesh: of training. problem: why it does not fit, else None. needs: of its programs; may be incomplete."""
 
     where: Slice
     mesh: MeshConfig | None
@@ -37,11 +37,11 @@ class Tried(NamedTuple):
 
 
 def plan_for(config: ExperimentConfig, model: ModelConfig, where: Slice, shape: DecodeShape, what: str) -> Iterator[Need]:
-    """What is asked for: compiled where there is a compiler, else by arithmetic.
+    """Plans what is asked for: compiles where there is a compiler, else estimates.
 
     Raises:
       UserError: a mesh or a batch that does not fit the slice.
-      DoesNotFit: the compiler found it to need more memory than there is.
+      DoesNotFit: the compiler says that it needs more memory than there is.
     """
     if where.is_tpu:
         yield from map(needs.need, programs.compile_programs(config, model, slices.find_devices(where), shape, what))
@@ -50,7 +50,7 @@ def plan_for(config: ExperimentConfig, model: ModelConfig, where: Slice, shape: 
 
 
 def splits(config: ExperimentConfig, model: ModelConfig, where: Slice) -> list[Split]:
-    """Every way to lay the chips out along `data` and `fsdp` that the batch and the number of slices allow; `tensor` is the config's."""
+    """Lists the ways to lay the chips out along `data` and `fsdp` that the batch and the number of slices allow; `tensor` is the config's."""
     found = []
     chips = where.chips // config.mesh.tensor
     for fsdp in (size for size in range(1, chips + 1) if chips % size == 0):
@@ -63,7 +63,7 @@ def splits(config: ExperimentConfig, model: ModelConfig, where: Slice) -> list[S
 
 
 def least_seconds(need: Need, where: Slice) -> float:
-    """Of the program's first way to run."""
+    """Returns the least time of the program's first way to run."""
     return needs.times(need.runs[0].cost, where).step
 
 
@@ -77,7 +77,7 @@ def try_slices(
     count: int = 1,
     planner: Planner = plan_for,
 ) -> Iterator[Tried]:
-    """Tries the slices of those families, smallest first, of each family until one fits.
+    """Tries the slices of those families, smallest first, until one of each family fits.
 
     Args:
       count: how many of each, joined by a network.
@@ -139,18 +139,18 @@ def _hopeless(need: Need, where: Slice) -> str | None:
 
 
 def tried(split: Split, where: Slice) -> Tried:
-    """A mesh as a try by arithmetic alone."""
+    """Turns a mesh into a try by arithmetic alone."""
     return Tried(where, split.mesh, needs.find_problem(split.need, where), (split.need,))
 
 
 def mesh_flags(tried: Tried) -> str:
-    """What to give the commands for the mesh of that try."""
+    """Writes the flags that give the commands the mesh of that try."""
     mesh = tried.mesh
     return "" if mesh is None else f", with --config.mesh.data={mesh.data} --config.mesh.fsdp={mesh.fsdp}"
 
 
 def row(tried: Tried, tokens: float) -> tuple[str, ...]:
-    """The slice, its chips, its mesh, and of each what is known: memory, least time of a step, chip-hours for the tokens, the verdict."""
+    """Makes a row of the table: slice, chips, mesh, memory, least time of a step, chip-hours for the tokens, verdict."""
     where, mesh = tried.where, tried.mesh
     laid_out = "" if mesh is None else f"{mesh.data} x {mesh.fsdp} x {mesh.tensor}"
     most = max((need.memory.total for need in tried.needs), default=0)

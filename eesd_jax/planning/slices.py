@@ -1,4 +1,4 @@
-"""TPU slices and nodes of GPUs by their names: what they are made of, and TPU chips to compile for, without any being there."""
+"""Finds TPU slices and nodes of GPUs by their names: their chips and links, and TPU devices to compile for, none of which need be there."""
 
 import importlib.util
 import math
@@ -24,9 +24,9 @@ _OFFERED = {2: _SMALL, 3: _CUBES, 1: ("1", "2", "4", "8")}
 
 
 class Slice(NamedTuple):
-    """One or several TPU slices, or nodes of GPUs, that a network joins.
+    """One or several TPU slices, or nodes of GPUs, joined by a network.
 
-    name: of one. count: how many. chips: of all together. chip: its data sheet. links: of the chip that has the fewest.
+    name: of one. count: how many. chips: of all together. chip: the data sheet of one. links: of the chip that has the fewest.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Slice(NamedTuple):
 
     @property
     def is_tpu(self) -> bool:
-        """Whether there is a compiler for it; for others there is arithmetic alone."""
+        """Says whether there is a compiler for it; others are planned by arithmetic alone."""
         return self.name.partition(":")[0] in _DIMENSIONS
 
     @property
@@ -46,7 +46,7 @@ class Slice(NamedTuple):
 
 
 def parse_topology(topology: str) -> tuple[str, list[int]]:
-    """Family and dimensions of a slice, from a name such as `v5p:2x2x4` or `h100:8`; raises UserError for what is none."""
+    """Parses a name such as `v5p:2x2x4` or `h100:8` into family and dimensions; raises UserError for any other text."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     family, sizes = (match[1], [int(size) for size in match[2].split("x")]) if match else ("", [])
     is_node = family in _KINDS and family not in _DIMENSIONS
@@ -61,20 +61,20 @@ def parse_topology(topology: str) -> tuple[str, list[int]]:
 
 
 def offered(family: str) -> list[str]:
-    """Names of the slices of a family that one can have, smallest first; raises UserError for a family that there is not."""
+    """Lists the names of a family's slices that are offered, smallest first; raises UserError for an unknown family."""
     if family not in _KINDS:
         raise UserError(f"family of chips is {family!r}; expected one of {', '.join(FAMILIES)}")
     return [f"{family}:{sizes}" for sizes in _OFFERED[_DIMENSIONS.get(family, 1)]]
 
 
 def find_slice(topology: str, count: int = 1) -> Slice:
-    """What a slice, or `count` of them, is made of, by its name; raises UserError where there is no such topology."""
+    """Looks up a slice, or `count` of them, by name; raises UserError where there is no such topology."""
     family, sizes = parse_topology(topology)
     return Slice(topology, count, count * math.prod(sizes), find_chip(_KINDS[family]), links_of((family, sizes)))
 
 
 def find_devices(where: Slice) -> Sequence[jax.Device]:
-    """The chips of TPU slices, to compile for; none need be there.
+    """Returns the chips of TPU slices as devices to compile for; none need be there.
 
     Raises:
       UserError: no such slice, or no libtpu to compile with.
@@ -95,13 +95,13 @@ def find_devices(where: Slice) -> Sequence[jax.Device]:
 
 
 def links_of(topology: tuple[str, list[int]]) -> int:
-    """Links that every chip of a slice has: two along a dimension whose ends are joined, else one, which is what the ends have.
+    """Counts the links that every chip of a slice has: two along a dimension whose ends are joined, else one, as the ends have.
 
     A GPU has one, to the switch.
     """
     family, sizes = topology
     if family not in _DIMENSIONS:
         return int(sizes[0] > 1)
-    # Of v5e and v6e a whole pod is a torus; of v4 and v5p slices that are made of whole cubes of 4 x 4 x 4.
+    # A torus: of v5e and v6e a whole pod, of v4 and v5p any slice that is made of whole cubes of 4 x 4 x 4.
     joined = [size == 16 for size in sizes] if _DIMENSIONS[family] == 2 else [all(size % 4 == 0 for size in sizes)] * 3
     return sum(0 if size == 1 else 1 + ring for size, ring in zip(sizes, joined, strict=True))
