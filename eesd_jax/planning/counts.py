@@ -57,7 +57,7 @@ def plain_step(decoding: Decoding) -> Cost:
 
 
 def eesd_round(decoding: Decoding, drafts: int, width: int) -> Cost:
-    """Counts a round: blocks 1..N on every draft and on the token before them, the branch for every draft, and verification of that width."""
+    """Counts a round: blocks 1..N on the last token and on every draft, the branch for every draft, and verification of that width."""
     early, late = range(decoding.exit_layer), range(decoding.exit_layer, decoding.model.num_layers)
     branch = decoding.branch._replace(draft_ids=None)
     draft = _pass(decoding, branch, decoding.exit_cache, 1)

@@ -50,7 +50,7 @@ def plan_for(config: ExperimentConfig, model: ModelConfig, where: Slice, shape: 
 
 
 def splits(config: ExperimentConfig, model: ModelConfig, where: Slice) -> list[Split]:
-    """Lists the ways to lay the chips out along `data` and `fsdp` that the batch and the number of slices allow; `tensor` is the config's."""
+    """Lists the ways to lay chips out along `data` and `fsdp` that the batch and the number of slices allow; `tensor` is the config's."""
     found = []
     chips = where.chips // config.mesh.tensor
     for fsdp in (size for size in range(1, chips + 1) if chips % size == 0):
