@@ -1,1 +1,1 @@
-"""Several processes of one run, and the machines that they are on."""
+"""Keeps the processes of one run together, and knows the machines that they are on."""

@@ -1,4 +1,4 @@
-"""What accelerators are made of, by their data sheets: for utilisation and planning, never for results. And the processor's name."""
+"""Looks up the data sheets of accelerators, for utilisation and planning and never for results; and the processor's name."""
 
 import contextlib
 import pathlib
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Chip(NamedTuple):
-    """flops: bfloat16 multiplications and additions a second, dense. memory: bytes. bandwidth: bytes a second to its memory.
+    """A data sheet. flops: bfloat16 multiplications and additions a second, dense. memory: bytes. bandwidth: bytes a second to its memory.
 
     link: bytes a second, one way: of a TPU over one link to a neighbour in the slice; of a GPU over all of NVLink, to the others of a node.
     """
@@ -21,7 +21,7 @@ class Chip(NamedTuple):
 # TPUs: https://cloud.google.com/tpu/docs/v4, /v5e, /v5p and /v6e, whose figure for all links of a chip is divided by their number (4 in a
 # two-dimensional torus, 6 in a three-dimensional one), and by 2 where it is said to be of both directions.
 # GPUs: NVIDIA's data sheets of the A100 80GB, H100 and H200 in their SXM form; NVLink's figure is of both directions.
-# By `jax.Device.device_kind`, as far as it begins so; the longest match counts.
+# By the beginning of `jax.Device.device_kind`; the longest match counts.
 _CHIPS = {
     "TPU v4": Chip(275e12, 32 * 2**30, 1.228e12, 50e9),
     "TPU v5 lite": Chip(197e12, 16 * 2**30, 0.819e12, 50e9),
@@ -37,13 +37,13 @@ _CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """The data sheet of a device, or None where it is not known (CPUs)."""
+    """Finds the data sheet of a device; None where it is not known (CPUs)."""
     matches = [name for name in _CHIPS if device_kind.startswith(name)]
     return _CHIPS[max(matches, key=len)] if matches else None
 
 
 def cpu_name() -> str:
-    """What the processor calls itself."""
+    """Reads what the processor calls itself."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

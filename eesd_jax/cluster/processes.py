@@ -1,7 +1,7 @@
-"""Several processes of one run: that all have joined, that they have the same code, libraries, settings and disk, and who has ended.
+"""Joins the processes of one run, checks that they have the same code, libraries, settings and disk, and ends all when one has ended.
 
-Everything goes through the key-value store of JAX's coordination service, not through the devices: those are the first to hang where
-processes differ. Alone, a process does nothing of all this.
+Everything goes through the key-value store of JAX's coordination service, not through the devices, which are the first to hang where
+processes differ. A single process skips all of it. Noticing an end is left to `lifeline.py`.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ _lifeline: Lifeline | None = None
 
 
 class Facts(NamedTuple):
-    """What a process says of itself. code: hash of every source file of this package. settings: of the run, by dotted names."""
+    """The facts that processes compare. code: hash of every source file of this package. settings: of the run, by dotted names."""
 
     host: str
     code: dict[str, str]
@@ -46,28 +46,28 @@ class Facts(NamedTuple):
 
 
 def joined() -> bool:
-    """Whether this is one of several processes; unlike `jax.process_count()` it starts no devices."""
+    """Says whether this is one of several processes; unlike `jax.process_count()` it starts no devices."""
     return jax.distributed.is_initialized() and distributed.global_state.num_processes > 1
 
 
 def is_first() -> bool:
-    """Whether this is the process that writes and prints: process 0, or the only one."""
+    """Says whether this is the process that writes and prints: process 0, or the only one."""
     return distributed.global_state.process_id == 0
 
 
 def join(settings: dict[str, Any], timeout: float, **who: Any) -> None:
-    """Joins the other processes, and finds out whether all are alike.
+    """Joins the other processes, and checks that all are alike.
 
     Args:
-      settings: of the run, which all processes must have been given; may be nested.
-      timeout: seconds in which all must have come.
-      who: as `jax.distributed.initialize` takes it; nothing where the cluster tells.
+      settings: of the run, the same for all processes; may be nested.
+      timeout: seconds within which all must have joined.
+      who: arguments of `jax.distributed.initialize`; none where the cluster tells.
 
     Raises:
       UserError: a process differs; the same on every process.
     """
     with _ends_at(timeout, who):
-        # Ours is to be the first to lose patience: JAX's ends the process with a C++ stack.
+        # Our timeout must be the shorter one: JAX's ends the process with a C++ stack.
         jax.distributed.initialize(initialization_timeout=int(timeout) + 60, **who)
     if not joined():
         return
@@ -80,7 +80,7 @@ def join(settings: dict[str, Any], timeout: float, **who: Any) -> None:
 
 @contextlib.contextmanager
 def _ends_at(timeout: float, who: dict[str, Any]) -> Iterator[None]:
-    """Ends the process with one line where the context lasts longer than that."""
+    """Ends the process with one line if the context lasts longer than `timeout` seconds."""
 
     def end() -> None:
         where = f" at {who['coordinator_address']!r}" if who else ""
@@ -124,7 +124,7 @@ def _start_lifeline(host: str) -> None:
 
 
 def exchange(value: Any) -> list[Any]:
-    """What every process gives, JSON, in the order of the processes; all must call it, and each waits for all."""
+    """Exchanges a JSON value between all processes: returns theirs in order. All must call it, and each waits for all."""
     if not joined():
         return [json.loads(json.dumps(value))]
     state, call = distributed.global_state, next(_exchanges)
@@ -135,40 +135,40 @@ def exchange(value: Any) -> list[Any]:
 
 
 def from_first(make: Callable[[], Any]) -> Any:
-    """What process 0 makes, JSON, on every process; only there `make` is called."""
+    """Calls `make` on process 0 only, and returns its JSON value on every process."""
     return exchange(make() if is_first() else None)[0]
 
 
 def leave() -> None:
-    """To be called behind the last thing that a process does: then nobody wonders about its end."""
+    """Says that this process is done. Call it last: then the others do not take its end for a failure."""
     if _lifeline is not None:
         _lifeline.leave()
 
 
 def fail(why: str, code: int, text: str) -> None:
-    """Ends this process with that text on stderr, and tells all others why; alone, it does nothing."""
+    """Ends this process with that text on stderr, and tells all others why; does nothing in a single process."""
     if _lifeline is not None:
         _lifeline.fail(why, code, text)
 
 
 def wait_for_news() -> None:
-    """Where another process has ended, which can show as any error of ours, says so and ends this one; else it returns."""
+    """Ends this process, with a message, if another has ended, which can show here as any error; else returns."""
     if _lifeline is not None:
         _lifeline.wait_for_news()
 
 
-# What all must have in common ------------------------------------------------------------------------------------------------------------
+# Checks that all are alike ----------------------------------------------------------------------------------------------------------------
 
 
 def source_hashes() -> dict[str, str]:
-    """Of every source file of this package, by its path."""
+    """Hashes every source file of this package, by its path."""
     package = pathlib.Path(eesd_jax.__file__).parent
     files = sorted(package.rglob("*.py"))
     return {file.relative_to(package.parent).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()[:8] for file in files}
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of those libraries that are installed."""
+    """Lists the versions of Python and of those libraries that are installed."""
     found = {"python": platform.python_version()}
     for name in _LIBRARIES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -177,7 +177,7 @@ def versions() -> dict[str, str]:
 
 
 def flatten(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one, by dotted names."""
+    """Flattens nested dictionaries into one, by dotted names."""
     flat = {}
     for name, value in settings.items():
         flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
@@ -208,7 +208,7 @@ def _different(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def check_devices(found: list[tuple[str, int, str]]) -> None:
-    """Raises UserError where a process has another number or kind of devices than process 0; of each its host, its number, their kind."""
+    """Raises UserError where a process has another number or kind of devices than process 0; `found`: host, number and kind of each."""
     host, count, kind = found[0]
     for process, (other_host, other_count, other_kind) in enumerate(found[1:], start=1):
         if (other_count, other_kind) != (count, kind):
@@ -219,7 +219,7 @@ def check_devices(found: list[tuple[str, int, str]]) -> None:
 
 
 def check_shared(folder: epath.Path, what: str) -> None:
-    """Raises UserError where not all processes see what process 0 writes to a folder, which is made if need be; alone, it does nothing.
+    """Raises UserError where a process does not see what process 0 writes to a folder, which is made if need be.
 
     Args:
       what: the folder's name in messages.
@@ -233,7 +233,7 @@ def check_shared(folder: epath.Path, what: str) -> None:
             folder.mkdir(parents=True, exist_ok=True)
             marker = f".process_0_{os.getpid()}_{time.time_ns()}"
             (folder / marker).write_text("looked for by the other processes")
-        except Exception as error:  # of a bucket its library's own
+        except Exception as error:  # of a bucket: whatever its library raises
             problem = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
     marker, problem = exchange((marker, problem))[0]
     if problem is not None:
@@ -243,7 +243,7 @@ def check_shared(folder: epath.Path, what: str) -> None:
     if is_first():
         with contextlib.suppress(Exception):
             (folder / marker).unlink()
-            for path in made:  # whoever fails from here on leaves nothing behind
+            for path in made:  # so that a failure from here on leaves nothing there
                 path.rmdir()
     if blind:
         raise UserError(
@@ -253,10 +253,10 @@ def check_shared(folder: epath.Path, what: str) -> None:
 
 
 def _appears(path: epath.Path) -> bool:
-    """Whether there is such a file, soon: network disks remember for a while what was not there."""
+    """Waits a while for a file, and says whether it is there: network disks remember for a while what was not there."""
     deadline = time.monotonic() + ProcessesConfig.shared
     while True:
-        with contextlib.suppress(Exception):  # who may not look does not see
+        with contextlib.suppress(Exception):  # no permission to look counts as not there
             if path.exists():
                 return True
         if time.monotonic() > deadline:
