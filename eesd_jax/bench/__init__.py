@@ -1,1 +1,1 @@
-"""Benchmark runs: what is measured, their journal, tables and plots."""
+"""Runs benchmarks: measures controllers, keeps a journal, writes tables and plots."""

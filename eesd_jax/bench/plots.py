@@ -1,4 +1,4 @@
-"""Plots of a benchmark (where it was faster, what was accepted, what controllers did on one prompt), of several, and of training runs."""
+"""Draws a benchmark (speed-ups, acceptance, what controllers did on one prompt), several of them, and training runs."""
 
 import io
 from collections.abc import Callable, Iterable, Sequence
@@ -14,7 +14,7 @@ from eesd_jax.bench.record import Run
 from eesd_jax.bench.report import ALL
 from eesd_jax.decode.control import PLAIN
 
-# Told apart also by who does not see all colours (Okabe & Ito 2008).
+# Colours that can also be told apart by colour-blind readers (Okabe & Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 _STYLES = ("o-", "s--", "^:")  # where there are more lines than colours
 _DPI = 150
@@ -23,7 +23,7 @@ _LABELLED_BARS = 12
 
 
 def draw_all(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> dict[str, bytes]:
-    """PNG files by name.
+    """Draws all plots of a benchmark: PNG files by name.
 
     Args:
       rows: of `results.json`.
@@ -47,7 +47,7 @@ def draw_all(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> dict[str, b
 
 
 def training(records: Sequence[dict[str, Any]]) -> bytes:
-    """PNG of a training run's curves, from the lines of its `metrics.jsonl`: on training text (pale) and on held-out text (dots)."""
+    """Draws a training run's curves from the lines of its `metrics.jsonl`, as PNG: on training text (pale) and on held-out text (dots)."""
     panels = (("loss", "loss"), ("agreement", "agreement"), ("overlap", "overlap, 1 - TV"), ("tokens_per_round", "tokens per round"))
     figure = Figure((10.0, 6.5), layout="constrained")
     grid = figure.subplots(2, 2, sharex=True)
@@ -66,7 +66,7 @@ def training(records: Sequence[dict[str, Any]]) -> bytes:
 
 
 def batches(lines: dict[str, Sequence[tuple[int, float]]], title: str) -> str:
-    """SVG of speed-ups against batch sizes, a line for each label."""
+    """Draws speed-ups against batch sizes, as SVG, a line for each label."""
     figure, axes = _axes(title, "batch size", "times as fast")
     _draw_lines(axes, lines)
     sizes = sorted({size for points in lines.values() for size, _ in points})
@@ -79,7 +79,7 @@ def batches(lines: dict[str, Sequence[tuple[int, float]]], title: str) -> str:
 
 
 def learning(lines: dict[str, Sequence[tuple[int, float]]]) -> str:
-    """SVG of agreement on held-out text against positions trained on, a line for each training run."""
+    """Draws agreement on held-out text against positions trained on, as SVG, a line for each training run."""
     figure, axes = _axes("Agreement on held-out text", "positions trained on", "same best token")
     _draw_lines(axes, lines)
     axes.set(xscale="log")
@@ -97,7 +97,7 @@ def _draw_lines(axes: Axes, lines: dict[str, Sequence[tuple[int, float]]]) -> No
 
 
 def _svg(figure: Figure) -> str:
-    """The same text every time."""
+    """Writes a figure as SVG, the same text every time."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": "eesd-jax", "svg.fonttype": "none"}):
         figure.savefig(buffer, format="svg", metadata={"Date": None})
@@ -125,7 +125,7 @@ def _plain_style(axes: Axes) -> None:
 
 
 def _legend(figure: Figure, axes: Axes) -> None:
-    """To the right of the axes, where it hides nothing."""
+    """Places the legend to the right of the axes, where it hides nothing."""
     handles, labels = axes.get_legend_handles_labels()
     entries = sorted(zip(labels, handles, strict=True), key=lambda entry: entry[0] == _SCORED)
     figure.legend([handle for _, handle in entries], [label for label, _ in entries], loc="outside right upper", frameon=False)
@@ -137,7 +137,7 @@ def _rounds_axis(axes: Axes, rounds: int) -> None:
 
 
 def _grouped_bars(axes: Axes, groups: int, colours: dict[str, str], values: Callable[[str], Iterable[float]]) -> dict[str, np.ndarray]:
-    """A bar for each controller in each group; returns where they stand."""
+    """Draws a bar for each controller in each group; returns where they stand."""
     width = 0.8 / len(colours)
     places = {}
     for i, (name, colour) in enumerate(colours.items()):
@@ -208,7 +208,7 @@ def _posteriors(runs: Sequence[Run], colours: dict[str, str]) -> Figure:
 
 
 def _draft_lengths(runs: Sequence[Run], colours: dict[str, str]) -> Figure:
-    """A strip for each controller, because lines would hide each other."""
+    """Draws a strip for each controller, because lines would hide each other."""
     order = list(colours)
     runs = sorted(runs, key=lambda run: order.index(run.controller))
     logs = {run.controller: run.answers[0].log for run in runs}

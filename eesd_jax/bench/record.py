@@ -1,4 +1,4 @@
-"""What a benchmark keeps: answers, what rounds cost, where greedy answers diverge; and the file that they are kept in until all is done."""
+"""Keeps what a benchmark has measured: answers, costs of rounds, divergences of greedy answers; and the journal that holds them."""
 
 import dataclasses
 import json
@@ -28,7 +28,7 @@ class Answer:
 class Run:
     """One turn of a batch of conversations under one controller.
 
-    batch, turn: which, counted from 0. category: of all conversations in it. seconds: wall time of the whole batch. answers: one a row.
+    batch, turn: counted from 0. category: of all conversations in it. seconds: wall time of the whole batch. answers: one a row.
     """
 
     batch: int
@@ -53,11 +53,11 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Divergence:
-    """Where a greedy answer first differs from plain decoding's.
+    """The place where a greedy answer first differs from plain decoding's.
 
     Attributes:
       position: tokens that are the same.
-      gap: plain decoding's top-2 logit gap behind them.
+      gap: plain decoding's top-2 logit gap after them.
       excused: float32 cannot tell the two tokens apart: both logits are within `EXCUSED_GAP` of the greatest.
     """
 
@@ -83,11 +83,11 @@ def _line(kind: str, value: Any) -> bytes:
 
 
 class Journal:
-    """What a benchmark has done so far: a file of one JSON object a line, each written when it is complete.
+    """Keeps what a benchmark has done so far: a file of one JSON object a line, each written when it is complete.
 
     Args:
       path: of the file, made if need be.
-      settings: all that the results depend on; must be those that the file was begun with.
+      settings: all that the results depend on; they must be those that the file was begun with.
 
     Raises:
       UserError: the file was begun with other settings, or cannot be used.
@@ -114,10 +114,10 @@ class Journal:
 
     @classmethod
     def read(cls, path: pathlib.Path) -> "Journal":
-        """What a benchmark has written there, with whatever settings.
+        """Opens the journal that a benchmark has written, with whatever settings.
 
         Raises:
-          UserError: nothing was, or something else.
+          UserError: there is none, or the file is something else.
         """
         try:
             with open(path, "rb") as file:
@@ -152,7 +152,7 @@ class Journal:
                 )
 
     def entries(self, kind: str) -> list[Any]:
-        """Everything that was appended under that kind, in order."""
+        """Returns everything that was appended under that kind, in order."""
         return [entry[kind] for entry in self._entries if kind in entry]
 
     def append(self, kind: str, value: Any) -> None:

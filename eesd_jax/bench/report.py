@@ -1,7 +1,8 @@
-"""What a benchmark found: `results.json` and `table.md`. Plots are in `bench/plots.py`.
+"""Writes what a benchmark found: `results.json` and `table.md`. Plots are left to `plots.py`.
 
-Beside the stopwatch, every controller has a score that no noise of the machine enters: the rounds that it logged, priced with the measured
-cost of a round (`Costs`), against as many plain steps as plain decoding took. Prompt processing is in the measured speed, not in the score.
+Beside its measured speed, every controller has a score that is free of the machine's noise: the rounds that it logged, priced with the
+measured cost of a round (`Costs`), against as many plain steps as plain decoding took. Prompt processing is part of the measured speed, not
+of the score.
 """
 
 import json
@@ -25,7 +26,7 @@ _EXCUSED = "Excused: float32, and the logits of both tokens within 0.001 of the 
 
 
 def results(journal: Journal) -> dict[str, Any]:
-    """What `results.json` says of a finished benchmark, beside where it was run."""
+    """Collects what `results.json` says of a finished benchmark, except for the machine."""
     settings, divergences = journal.settings, journal.divergences()
     options = {name: settings[name] for name in ("arms", "temperature", "batch_size")}
     return {
@@ -39,7 +40,7 @@ def results(journal: Journal) -> dict[str, Any]:
 def result_rows(
     runs: Sequence[Run], divergences: Sequence[Divergence], costs: Costs | None, *, arms: str, temperature: float, batch_size: int
 ) -> list[dict[str, Any]]:
-    """One row for each controller and category, and one for all categories together: total tokens over total seconds."""
+    """Makes a row for each controller and category, and for all categories together: total tokens over total seconds."""
     names = list(dict.fromkeys(run.controller for run in runs))
     names.sort(key=lambda name: name != PLAIN)
     categories = [*dict.fromkeys(run.category for run in sorted(runs, key=lambda run: run.batch) if run.category != ALL), ALL]
@@ -82,7 +83,7 @@ def _statistics(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _comparison(runs: Sequence[Run], found: Sequence[Divergence], *, greedy: bool) -> dict[str, Any]:
-    """`identical_to_plain` is strict: an excused divergence is a divergence. None where the draw is random."""
+    """Counts greedy answers that differ; None where tokens are sampled. `identical_to_plain` is strict: an excused divergence counts."""
     if not greedy:
         return {"identical_to_plain": None, "identical": None, "excused": None, "different": None, "divergence_gaps": None}
     answers, excused = sum(len(run.answers) for run in runs), sum(divergence.excused for divergence in found)
@@ -96,7 +97,7 @@ def _comparison(runs: Sequence[Run], found: Sequence[Divergence], *, greedy: boo
 
 
 def _scores(ours: Sequence[Run], plain: Sequence[Run], costs: Costs | None) -> dict[str, float | None]:
-    """Speed-ups by the cost table: of the logged rounds, and had each of them stopped just before the draft that was rejected."""
+    """Computes speed-ups by the cost table: of the logged rounds, and as if each had stopped just before the rejected draft."""
     if costs is None:
         return {"scored_speedup": None, "clairvoyant_speedup": None}
     plain_cost = sum(run.tokens for run in plain) / sum(costs.plain * _longest(run) for run in plain)
@@ -108,10 +109,10 @@ def _scores(ours: Sequence[Run], plain: Sequence[Run], costs: Costs | None) -> d
 
 
 def scored_seconds(run: Run, costs: Costs, field: str = "drafted") -> float:
-    """Price of a run's rounds; a round of a batch costs as much as its longest row, and rows that are finished draft nothing.
+    """Prices a run's rounds; a round of a batch costs as much as its longest row, and rows that are finished draft nothing.
 
     Args:
-      field: of `Rounds`, by which a round is priced.
+      field: the field of `Rounds` that a round is priced by.
     """
     if run.controller == PLAIN:
         return costs.plain * _longest(run)
@@ -134,7 +135,7 @@ def _longest(run: Run) -> int:
 
 
 def to_text(results: dict[str, Any]) -> str:
-    """`results.json`: one row a line."""
+    """Writes the text of `results.json`: one row a line."""
     head = {name: value for name, value in results.items() if name not in ("rows", "divergences")}
     lists = {name: results[name] for name in ("rows", "divergences")}
     parts = [f"  {json.dumps(name)}: {json.dumps(value, ensure_ascii=False)}" for name, value in head.items()]
@@ -145,7 +146,7 @@ def to_text(results: dict[str, Any]) -> str:
 
 
 def to_markdown(results: dict[str, Any]) -> str:
-    """`table.md`: all prompts, then speed-ups and tokens per round by category, then where greedy answers differ from plain decoding's."""
+    """Writes `table.md`: all prompts; speed-ups and tokens per round by category; where greedy answers differ from plain decoding's."""
     settings = results["settings"]
     length = "new tokens, EOS ignored" if settings["ignore_eos"] else "new tokens at most"
     sections = [
@@ -167,7 +168,7 @@ def to_markdown(results: dict[str, Any]) -> str:
 
 
 def model_and_machine(results: dict[str, Any]) -> str:
-    """The beginning of a sentence that says what ran on what."""
+    """Begins a sentence that says which model ran on which machine."""
     machine = results["machine"]
     weights = ", its weights multiplied as the codes of their file" if machine.get("reads_codes") else ""
     return (
@@ -177,7 +178,7 @@ def model_and_machine(results: dict[str, Any]) -> str:
 
 
 def summary(rows: Iterable[dict[str, Any]]) -> str:
-    """The table of all prompts together."""
+    """Makes the table of all prompts together."""
     header = ("controller", "arms", "tokens/s", "speed-up", "scored", "clairvoyant", "tokens/round", "acceptance", "draft length")
     header += ("identical / excused / different",)
     lines = []
@@ -219,12 +220,12 @@ def _divergences(rows: Sequence[dict[str, Any]], found: Sequence[dict[str, Any]]
 
 
 def figure(value: float | None, form: str = ".2f") -> str:
-    """A number for a table; a dash where there is none."""
+    """Formats a number for a table; a dash where there is none."""
     return "-" if value is None else format(value, form)
 
 
 def table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table that is also readable as it stands; the first column to the left, the others to the right."""
+    """Makes a Markdown table that is also readable as text; the first column to the left, the others to the right."""
     lines = [[cell.replace("|", "\\|") for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
 

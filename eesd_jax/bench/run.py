@@ -1,11 +1,11 @@
-"""Controllers side by side on the same prompts, every finished run kept on disk, so that a killed benchmark goes on where it stopped.
+"""Runs controllers side by side on the same prompts, and keeps every finished run, so that a killed benchmark goes on where it stopped.
 
 Every turn of every conversation is answered once by each controller, all of them from the same prompt: its history holds plain decoding's
-answers. Controllers take turns prompt by prompt, in an order that rotates, so that a drift of the machine's speed favours none.
+answers. Controllers take turns prompt by prompt, in an order that rotates, so that a drift of the machine's speed favours none of them.
 Conversations of one category share batches, so that a batch's time belongs to a category.
 
-Time is that of `Engine.generate_ids`, from prompt to text. A run during which JAX compiled anything is thrown away and repeated, so that no
-compilation is ever in it.
+The time is that of `Engine.generate_ids`, from prompt to text. A run in which JAX compiled anything is thrown away and repeated, so times
+never include compilation. Tables are left to `report.py`, plots to `plots.py`.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ from eesd_jax.weights.branch_folder import fingerprint
 UNCATEGORIZED = "uncategorized"
 _ATTEMPTS = 3
 _PLAIN_STEPS = 16  # timed together
-_PLAIN_PAIRS = 28  # of as many of them and as many rounds: short ones, for a machine's speed changes within seconds
+_PLAIN_PAIRS = 28  # plain steps and rounds in turns: short turns, since a machine's speed changes within seconds
 
 
 class Batch(NamedTuple):
@@ -56,7 +56,7 @@ class Batch(NamedTuple):
 
 
 def make_batches(conversations: Sequence[Conversation], batch_size: int) -> list[Batch]:
-    """Batches of up to `batch_size` conversations of one category, in the order of the file."""
+    """Makes batches of up to `batch_size` conversations of one category, in the order of the file."""
     categories: dict[str, list[int]] = {}
     for place, conversation in enumerate(conversations):
         categories.setdefault(conversation.category or UNCATEGORIZED, []).append(place)
@@ -68,14 +68,14 @@ def make_batches(conversations: Sequence[Conversation], batch_size: int) -> list
 
 
 def prompts_sha256(conversations: Sequence[Conversation]) -> str:
-    """Part of a hash of all that is asked."""
+    """Hashes all prompts (the first 16 digits)."""
     content = json.dumps([[c.id, c.category, c.history, c.turns] for c in conversations]).encode()
     return hashlib.sha256(content).hexdigest()[:16]
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How prompts are answered, the same for all controllers.
+    """Settings of the answers, the same for all controllers.
 
     batch_size: rows of the compiled programs. seed: conversation i of the file draws with seed + i. stop: strings that end an answer.
     chat: whether prompts go through the chat template.
@@ -96,7 +96,7 @@ def run_all(
     journal: Journal,
     warn: Callable[[str], None],
 ) -> Iterator[Run]:
-    """Does what the journal lacks, and writes it there; yields every run, those done before included.
+    """Runs what the journal lacks and writes it there; yields every run, also those done before.
 
     Args:
       controllers: by name; `plain` (None) is among them.
@@ -132,7 +132,7 @@ def run_all(
 def next_prompts(
     engine: Engine, batch: Batch, histories: dict[int, list[dict[str, str]]], turn: int, chat: bool, warn: Callable[[str], None]
 ) -> dict[int, list[int]]:
-    """Token ids of a turn's prompts, by place in the file; a conversation that no longer fits loses its history and ends here."""
+    """Encodes a turn's prompts: token ids by place in the file. A conversation that no longer fits loses its history and ends here."""
     prompts = {}
     for place, conversation in batch.conversations.items():
         if turn < len(conversation.turns) and place in histories:
@@ -148,7 +148,7 @@ def next_prompts(
 def _timed(
     engine: Engine, prompts: dict[int, list[int]], batch: Batch, controller: Controller | None, options: Options, compilations: list[str]
 ) -> tuple[list[Answer], float]:
-    """The answers, and the wall time of all of them together, nothing compiled in it."""
+    """Answers the prompts: returns the answers, and the wall time of all of them together, without compilation."""
     for _ in range(_ATTEMPTS):
         before = len(compilations)
         generations = engine.generate_ids(
@@ -170,7 +170,7 @@ def _timed(
 
 @contextlib.contextmanager
 def watch_compilation() -> Iterator[list[str]]:
-    """A list that grows by an entry whenever JAX traces or compiles something, or takes it from its cache on disk."""
+    """Gives a list that grows by an entry whenever JAX traces or compiles something, or takes it from its cache on disk."""
     seen = []
 
     def listen(event: str, seconds: float, **details: Any) -> None:
@@ -186,7 +186,7 @@ def watch_compilation() -> Iterator[list[str]]:
 
 
 def find_divergences(engine: Engine, prompts: Sequence[Sequence[int]], runs: dict[str, Run]) -> list[Divergence]:
-    """Where the answers of one turn of a batch first differ from plain decoding's, in greedy decoding."""
+    """Finds where the greedy answers of one turn of a batch first differ from plain decoding's."""
     found = []
     for name, run in runs.items():
         for prompt, ours, plain in zip(prompts, run.answers, runs[PLAIN].answers, strict=True):
@@ -203,7 +203,7 @@ def find_divergences(engine: Engine, prompts: Sequence[Sequence[int]], runs: dic
 
 
 def next_logits(engine: Engine, tokens: Sequence[int]) -> np.ndarray:
-    """The target's logits behind `tokens`, float32 [V], from a pass as plain decoding makes it."""
+    """Computes the target's logits after `tokens`, float32 [V], in a pass as plain decoding makes it."""
     state = engine.prefill([tokens], [0], 1, 1)
     return np.asarray(_last_logits(engine.model.config, engine.model.params, state))
 
@@ -217,7 +217,7 @@ def _last_logits(config: ModelConfig, params: llama.Params, state: DecodeState) 
 
 
 def measure_costs(engine: Engine, batch: int) -> Costs:
-    """What a round and a plain step cost; the plain step is timed in turns with a round that drafts nothing, and relative to it."""
+    """Times rounds and a plain step; the plain step in turns with a round that drafts nothing, and relative to it."""
     costs = timing.round_costs(engine, batch)
     timed, forced = timing.endless(engine), timing.forced(engine, 0)
     budget = max(engine.decode_config.max_new_tokens, _PLAIN_STEPS + 2)
@@ -231,7 +231,7 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
 
 
 def describe_drafter(engine: Engine) -> dict[str, Any]:
-    """Which weights answer and which draft."""
+    """Describes the weights that answer and the sources that draft."""
     drafter = engine.drafter
     arms = {"exit": drafter and drafter.branch, "lookup": drafter and drafter.draft.longest_match}
     return {
@@ -247,7 +247,7 @@ def describe_drafter(engine: Engine) -> dict[str, Any]:
 
 
 def describe_machine(engine: Engine) -> dict[str, Any]:
-    """What the speeds were measured on; no names of hosts, no paths."""
+    """Describes the machine that speeds were measured on, without names of hosts or paths."""
     devices = jax.devices()
     return {
         "device": devices[0].device_kind,
