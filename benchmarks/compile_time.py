@@ -1,9 +1,9 @@
-"""How long the decoder's programs take to compile for the built-in model, with nothing taken from a cache on disk.
+"""Times how long the decoder's programs take to compile for the built-in model, with nothing taken from a cache on disk.
 
     python benchmarks/compile_time.py
     python benchmarks/compile_time.py --batch_size=8 --controllers=beta,cost_aware --output=compile.json
 
-Tracing, lowering and XLA's compilation as JAX itself measures them; a user waits for all three, once for each batch and bucket.
+JAX itself measures tracing, lowering and XLA's compilation; a user waits for all three, once for each batch and bucket.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ PROGRAMS = ("prefill", "_decode_plain", "_decode_speculative")
 
 @contextlib.contextmanager
 def stopwatch() -> Iterator[dict[str, dict[str, float]]]:
-    """Seconds of each stage of the programs that are compiled in this context, by program."""
+    """Measures the seconds of each stage of the programs that are compiled in this context, by program."""
     seconds: dict[str, dict[str, float]] = {}
 
     def listen(event: str, duration: float, *, fun_name: str = "", **details: Any) -> None:

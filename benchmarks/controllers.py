@@ -1,12 +1,12 @@
-"""Controllers against synthetic acceptance: tokens per unit of cost, relative to the best fixed length and to a clairvoyant.
+"""Plays controllers on synthetic texts: tokens per unit of cost, relative to the best fixed length and to a clairvoyant.
 
     python benchmarks/controllers.py --cost=cpu
     python benchmarks/controllers.py --cost=gpu --json=result.json
     python benchmarks/controllers.py --cost=1,1.1,1.2,1.3 --controllers=beta,cost_aware --discount=0.8
 
-The controllers are the real ones. What is simulated is the text: at every position the draft, if all before it is right, is accepted with
-some probability and has some confidence. Outcomes belong to positions, not to rounds, so every controller meets the same text. A round
-costs what the cost vector says of the longest draft in its batch. The best fixed length is found by a sweep for each process; the
+The controllers are the real ones; only the text is simulated. At every position the draft is accepted with some probability, if all before
+it are right, and has some confidence. Outcomes belong to positions, not to rounds, so every controller meets the same text. The cost
+vector says what a round costs, by the longest draft in its batch. The best fixed length is found by a sweep for each process; the
 clairvoyant drafts up to the first rejection and never a token more.
 
 Axes: G games (batches, of all processes together), B rows of a batch, T positions, K drafts.
@@ -57,7 +57,7 @@ COSTS = {
 
 
 class Text(NamedTuple):
-    """What drafting meets at every position, [..., T] each.
+    """A simulated text: the outcome of drafting at every position, [..., T] each.
 
     accepted: bool, the draft of this position is accepted if all before it were. confidence: float32, the branch's probability of it.
     """
@@ -86,39 +86,39 @@ def _uninformative(rng: np.random.Generator, shape: tuple[int, int]) -> np.ndarr
 
 
 def constant(acceptance: float) -> Process:
-    """The same everywhere; the confidence says nothing."""
+    """Makes acceptance the same everywhere; the confidence says nothing."""
     return lambda rng, shape: (np.full(shape, acceptance), _uninformative(rng, shape))
 
 
 def per_prompt(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Constant within a prompt, and anything from 0.2 to 0.95; the confidence says nothing."""
+    """Makes acceptance constant within a prompt, anything from 0.2 to 0.95; the confidence says nothing."""
     return np.broadcast_to(rng.uniform(0.2, 0.95, (shape[0], 1)), shape), _uninformative(rng, shape)
 
 
 def ramp(first: float, last: float) -> Process:
-    """Drifts evenly over the text; the confidence says nothing."""
+    """Makes acceptance drift evenly over the text; the confidence says nothing."""
     return lambda rng, shape: (np.broadcast_to(np.linspace(first, last, shape[1]), shape), _uninformative(rng, shape))
 
 
 def late(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Hopeless (0.1) for a quarter of the text, and easy (0.95) from then on: who has given up must notice. The confidence says nothing."""
+    """Makes a quarter of the text hopeless (0.1), the rest easy (0.95): who gave up must notice. The confidence says nothing."""
     return np.broadcast_to(np.where(np.arange(shape[1]) < shape[1] // 4, 0.1, 0.95), shape), _uninformative(rng, shape)
 
 
 def switching(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Stretches of easy text (0.92) and of hard text (0.35), 32 tokens long on average; the confidence says nothing."""
+    """Makes stretches of easy (0.92) and of hard text (0.35), 32 tokens long on average; the confidence says nothing."""
     switches = rng.random(shape) < 1 / 32
     easy = (np.cumsum(switches, axis=1) + rng.integers(2, size=(shape[0], 1))) % 2
     return np.where(easy, 0.92, 0.35), _uninformative(rng, shape)
 
 
 def confident(spread_of_prompts: float, slope: float, intercept: float, noise: float = 0.0) -> Process:
-    """Every token is its own, most of them easy or hopeless: logit(acceptance) ~ Normal(1.4 + the prompt's own offset, 2.4).
+    """Draws every token's acceptance, mostly easy or hopeless: logit(acceptance) ~ Normal(1.4 + the prompt's own offset, 2.4).
 
     Args:
       spread_of_prompts: standard deviation of the prompts' offsets.
       slope, intercept: logit(confidence) = slope * logit(acceptance) + intercept; 1 and 0 are calibrated.
-      noise: standard deviation of what is added to logit(confidence).
+      noise: standard deviation of the noise that is added to logit(confidence).
     """
 
     def process(rng: np.random.Generator, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -151,7 +151,7 @@ PROCESSES: dict[str, Process] = {
 
 
 def make_texts(seed: int, prompts: int, tokens: int) -> Text:
-    """Texts of every process, [processes, prompts, tokens]."""
+    """Makes the texts of every process, [processes, prompts, tokens]."""
     accepted, confidence = [], []
     for index, process in enumerate(PROCESSES.values()):
         rng = np.random.default_rng([seed, index])
@@ -204,7 +204,7 @@ def play(controller: Controller, state: Any, cost: jax.Array, text: Text, keys_B
 
 
 def play_clairvoyant(cost: jax.Array, text: Text) -> Played:
-    """Decodes one batch [B, T] with every row drafting what will be accepted."""
+    """Decodes one batch [B, T] as the clairvoyant does: every row drafts exactly what will be accepted."""
     batch, tokens = text.accepted.shape
 
     def play_round(game: _Game) -> _Game:
@@ -218,7 +218,7 @@ def play_clairvoyant(cost: jax.Array, text: Text) -> Played:
 
 
 def run_lengths(accepted_BxT: jax.Array, position_B: jax.Array, max_draft: int) -> jax.Array:
-    """How many drafts in a row would be accepted from each row's position on, int32 [B], at most max_draft."""
+    """Counts the drafts in a row that would be accepted from each row's position on, int32 [B], at most max_draft."""
     places = position_B[:, None] + jnp.arange(max_draft)
     ahead_BxK = jnp.take_along_axis(accepted_BxT, places, axis=1, mode="fill", fill_value=False)
     return jnp.sum(jnp.cumprod(ahead_BxK, axis=1), axis=1)
@@ -243,17 +243,17 @@ def _add_round(played: Played, cost: jax.Array, running: jax.Array, count: jax.A
 
 
 def games(texts: Text, batch: int) -> Text:
-    """[processes, prompts, T] to [G, B, T]."""
+    """Reshapes [processes, prompts, T] to [G, B, T]."""
     return jax.tree.map(lambda field: field.reshape(-1, batch, field.shape[-1]), texts)
 
 
 def by_process(played: Played) -> Played:
-    """Sums over the games [G] of each process; numpy."""
+    """Sums over the games [G] of each process, in numpy."""
     return jax.tree.map(lambda field: np.asarray(field).reshape(len(PROCESSES), -1).sum(axis=1), played)
 
 
 def compare(controllers: dict[str, Controller], cost: tuple[float, ...], texts: Text, batch: int, seed: int) -> dict[str, Played]:
-    """What every controller, every fixed length (under its int) and the clairvoyant make of all texts, by process."""
+    """Plays every controller, every fixed length (under its int) and the clairvoyant on all texts; sums by process."""
     text_GxBxT, costs = games(texts, batch), jnp.array(cost, jnp.float32)
     keys_GxB = jax.random.split(jax.random.key(seed), text_GxBxT.accepted.shape[:2])
 
@@ -268,7 +268,7 @@ def compare(controllers: dict[str, Controller], cost: tuple[float, ...], texts: 
 
 
 def summarize(results: dict[Any, Played], names: Sequence[str]) -> dict[str, Any]:
-    """The result as JSON holds it."""
+    """Turns the result into what JSON holds."""
     lengths = [name for name in results if isinstance(name, int)]
     speed = {name: played.tokens / played.cost for name, played in results.items()}
     best = np.argmax([speed[length] for length in lengths], axis=0)
@@ -325,7 +325,7 @@ def show(result: dict[str, Any], names: Sequence[str]) -> None:
 
 
 def cost_from_flag() -> tuple[float, ...]:
-    """Cost of a round with 0, 1, ... drafts; a cost file of the decoder's own (`engine/timing.py`) will do."""
+    """Reads the cost of a round with 0, 1, ... drafts; also from a cost file of the decoder's own (`engine/timing.py`)."""
     if FLAGS.cost in COSTS:
         return COSTS[FLAGS.cost]
     expected = f"expected {', '.join(COSTS)}, a list of at least two positive numbers, or a JSON file of one"

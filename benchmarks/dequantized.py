@@ -1,4 +1,4 @@
-"""A GGUF file with the same weights as another one, in float32 or bfloat16: for programs that multiply by them as they are stored.
+"""Writes the weights of a GGUF file to another one, in float32 or bfloat16: for programs that multiply weights as they are stored.
 
 python benchmarks/dequantized.py --model=demo --output=demo-float32.gguf
 """

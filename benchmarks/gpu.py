@@ -1,15 +1,15 @@
-"""How close to its limits an accelerator decodes and trains: a model of random weights, and nothing to fetch.
+"""Measures how close to its limits an accelerator decodes and trains, with a model of random weights and nothing to fetch.
 
     python benchmarks/gpu.py --json=gpu.json
     python benchmarks/gpu.py --model=demo --prompt="Why is the sky blue?"
     python benchmarks/gpu.py --shape=tiny --batch_sizes=1,2 --rows=2 --sequence_length=64     # anywhere, in a minute
     python benchmarks/gpu.py --count="NVIDIA H200"     # anywhere, at once: nothing is run
 
-Plain decoding against the time to read all weights once at the bandwidth that copying reaches in the same run; rounds by the number of
-drafts, with one candidate for each and with several, in plain steps; a step of distillation as a share of the data sheet's peak (of a
-measured product of matrices where there is no data sheet); a real model end to end, if --model is given; transformers + PyTorch `generate`
-on the same shape, where torch sees a GPU. --count says what each part of a round reads and computes, and how long that takes a chip at
-least, by its data sheet; times of a run are held against the same bounds, with the bandwidth that it measured.
+Measured are: plain decoding, against the time to read all weights once at the bandwidth that copying reaches in the same run; rounds by
+the number of drafts, with one candidate for each and with several, in plain steps; a step of distillation, as a share of the data sheet's
+peak (of a measured product of matrices where there is no data sheet); a real model end to end, if --model is given; transformers + PyTorch
+`generate` on the same shape, where torch sees a GPU. --count says what each part of a round reads and computes, and how long that takes a
+chip at least, by its data sheet; measured times are compared with the same bounds, at the bandwidth that the run measured.
 """
 
 import dataclasses
@@ -63,7 +63,7 @@ PROMPT_TOKENS, NEW_TOKENS = 32, 128
 
 
 def random_params(config: ModelConfig, dtype: jnp.dtype) -> llama.Params:
-    """Weights drawn on the device, one after the other."""
+    """Draws weights on the device, one after the other."""
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         if len(leaf.shape) == 1:
@@ -77,7 +77,7 @@ def random_params(config: ModelConfig, dtype: jnp.dtype) -> llama.Params:
 
 
 def make_engine(config: ModelConfig, dtype: jnp.dtype) -> Engine:
-    """Of random weights, whose texts do not end; an eighth of its blocks drafts, with a branch that was never trained."""
+    """Makes an engine of random weights, whose texts do not end; an eighth of its blocks drafts, with a branch that was never trained."""
     params = random_params(config, dtype)
     model = LoadedModel(config, params, tiny.tokenizer(), ())
     drafter = untrained_drafter(model, FLAGS.max_draft, LONGEST_MATCH, exit_layer=max(1, config.num_layers // 8))
@@ -85,7 +85,7 @@ def make_engine(config: ModelConfig, dtype: jnp.dtype) -> Engine:
 
 
 def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, Any]:
-    """Seconds of a plain step and of rounds, each with the time that reading the weights alone would take."""
+    """Times a plain step and rounds; returns each with the time that reading the weights alone would take."""
     prompts = [[i % engine.model.config.vocab_size for i in range(1, PROMPT_TOKENS + 1)]] * batch
     state = engine.prefill(prompts, [0] * batch, batch, (REPEATS + 1) * STEPS + 1, None)
 
@@ -119,7 +119,7 @@ def measure_decoding(engine: Engine, batch: int, bandwidth: float) -> dict[str, 
 
 
 def measure_training(engine: Engine, dtype: jnp.dtype) -> dict[str, Any]:
-    """A step of online distillation; the engine's blocks are used up."""
+    """Times a step of online distillation; the engine's blocks are used up."""
     config = engine.model.config
     branch = jax.tree.map(jnp.copy, engine.drafter.branch)
     trunk = teacher.split_trunk(config, engine.model.params, engine.drafter.draft.exit_layer)
@@ -154,7 +154,7 @@ def measure_training(engine: Engine, dtype: jnp.dtype) -> dict[str, Any]:
 
 
 def measure_model() -> dict[str, Any]:
-    """Plain decoding and the default controller on a real model; each answers once before it is timed."""
+    """Times plain decoding and the default controller on a real model; each answers once before it is timed."""
     engine = eesd_jax.load(FLAGS.model, dtype=FLAGS.dtype)
     found = {}
     for name in ("plain", "auto"):
@@ -172,7 +172,7 @@ def measure_model() -> dict[str, Any]:
 
 
 def measure_transformers() -> dict[str, Any] | None:
-    """`generate` of transformers on random weights of the same shape; None without a GPU that torch sees, or a shape that it knows."""
+    """Times `generate` of transformers on random weights of the same shape; None where torch sees no GPU or does not know the shape."""
     try:
         import torch
         import transformers
@@ -196,7 +196,7 @@ def measure_transformers() -> dict[str, Any] | None:
 
 
 def count_work(config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[DraftConfig, dict[Any, Work]]:
-    """Of every part of a round of such a model, of which nothing is allocated; N and the draft vocabulary as in `make_engine`."""
+    """Counts the work of every part of a round of such a model, without allocating it; N and the draft vocabulary as in `make_engine`."""
     draft = DraftConfig(max(1, config.num_layers // 8), FLAGS.max_draft)
 
     def of_dtype(tree: Any) -> Any:
@@ -208,7 +208,7 @@ def count_work(config: ModelConfig, dtype: jnp.dtype, batch: int) -> tuple[Draft
 
 
 def count(config: ModelConfig, dtype: jnp.dtype, batches: Sequence[int]) -> dict[str, Any]:
-    """Prints what the parts of a round do, and what a chip needs for them at least."""
+    """Prints the work of the parts of a round, and the least time that a chip needs for them."""
     chip = find_chip(FLAGS.count)
     if chip is None:
         raise UserError(f"--count is {FLAGS.count!r}; expected a chip whose data sheet is known, as 'NVIDIA H200' or 'TPU v5p'")
@@ -230,7 +230,7 @@ def count(config: ModelConfig, dtype: jnp.dtype, batches: Sequence[int]) -> dict
 
 
 def show(result: dict[str, Any]) -> None:
-    """Tables of it."""
+    """Prints the tables of a result."""
     rows = []
     for one in result["decoding"]:
         what = (str(one["batch_size"]), f"{one['plain_ms']:.2f}", f"{one['bound_ms']:.2f}", f"{one['share_of_bound']:.2f}")
@@ -263,7 +263,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def write(result: dict[str, Any]) -> None:
-    """To --json, if it is given."""
+    """Writes the result to --json, if it is given."""
     if FLAGS.json:
         with cli.whole_file(FLAGS.json) as file:
             json.dump(result, file, indent=2)

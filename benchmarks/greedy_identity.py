@@ -1,14 +1,14 @@
-"""Greedy EESD against plain decoding on the built-in model, token by token, in float32: every controller, draft length and batch size.
+"""Compares greedy EESD with plain decoding on the built-in model, token by token, in float32: every controller, length and batch size.
 
     python benchmarks/greedy_identity.py --prompts=questions.jsonl,functions.jsonl --output_dir=identity --report=identity.md
 
-Two exit branches draft, both untrained: `random`, whose drafts are hardly ever right, and `zero`, the target's head on the hidden state
-behind block N. `beta` answers the first turn of all prompts, in batches of 8; then every controller answers 20 of them, with at most 1, 4,
+Two exit branches draft, both untrained: `random`, whose drafts are hardly ever right, and `zero`, the target's head on the output of block
+N. `beta` answers the first turn of all prompts, in batches of 8; then every controller answers 20 of them, with at most 1, 4,
 8 and 16 drafts, in batches of 8 and one by one. Texts do not end at an EOS, so that every one of them is compared over its whole length.
 
-A text that differs is excused where plain decoding's own two best logits, behind what is the same, are closer than float32 can tell from
-passes of different widths. All of them are in the report, excused or not. What is done is kept in OUTPUT_DIR/identity.jsonl: the same
-command, started again, goes on where it stopped, and --norun reports on what there is.
+A text that differs is excused where plain decoding's own two best logits, after the part that is the same, are closer than passes of
+different widths agree in float32. The report lists all differences, excused or not. Finished work is kept in OUTPUT_DIR/identity.jsonl:
+the same command, started again, goes on where it stopped, and --norun reports on what there is.
 """
 
 import hashlib
@@ -68,18 +68,18 @@ class Prompts(NamedTuple):
     tokens: list[list[int]]
 
     def batches(self, size: int) -> "list[Prompts]":
-        """Batches of `size`, the last one of what is left."""
+        """Splits into batches of `size`; the last one holds the rest."""
         return [Prompts(self.ids[i : i + size], self.tokens[i : i + size]) for i in range(0, len(self.ids), size)]
 
     def sample(self, count: int, longest: int) -> "Prompts":
-        """`count` of the prompts of at most `longest` tokens, of all lengths."""
+        """Chooses `count` prompts of at most `longest` tokens, of all lengths."""
         fitting = [place for place, tokens in enumerate(self.tokens) if len(tokens) <= longest]
         places = [fitting[place] for place in np.linspace(0, len(fitting) - 1, min(count, len(fitting))).round().astype(int)]
         return Prompts([self.ids[place] for place in places], [self.tokens[place] for place in places])
 
 
 class Cell(NamedTuple):
-    """What shares a compiled program. prompts: ALL or GRID. controller: its name; `fixed:max_draft` stands for the longest drafts."""
+    """Answers that share a program. prompts: ALL or GRID. controller: its name; `fixed:max_draft` stands for the longest drafts."""
 
     prompts: str
     controller: str
@@ -88,14 +88,14 @@ class Cell(NamedTuple):
 
 
 def all_cells() -> list[Cell]:
-    """In the order in which they are run: what says most comes first."""
+    """Lists the cells in the order in which they are run: those that say most come first."""
     cells = [Cell(ALL, "beta", DraftConfig.max_draft, 8)]
     grid = [Cell(GRID, name, draft, batch) for batch in (8, 1) for draft in (4, 8, 1, 16) for name in CONTROLLERS]
     return cells + sorted(grid, key=lambda cell: cell.controller == "beta:plain")
 
 
 def make_branch(config: ModelConfig, params: llama.Params, kind: str) -> ExitBranch:
-    """An untrained branch behind block N: `zero`, or `random`: a block of random matrices before the target's own norm and head."""
+    """Makes an untrained branch after block N: `zero`, or `random`, a block of random matrices before the target's own norm and head."""
     ids = np.arange(min(DRAFT_VOCAB, config.vocab_size))  # the most frequent ones of a byte-pair vocabulary
     if kind == "zero":
         return init_exit_branch(config, params, EXIT_LAYER, "zero", ids)
@@ -109,7 +109,7 @@ def make_branch(config: ModelConfig, params: llama.Params, kind: str) -> ExitBra
 
 
 def decode(engine: Engine, branch: ExitBranch, cell: Cell, prompts: Prompts) -> list[Generation]:
-    """The answers to a batch of prompts; `plain` is a controller too."""
+    """Answers a batch of prompts; `plain` is a controller too."""
     name = cell.controller.replace("max_draft", str(cell.max_draft))
     costs = RoundCosts(exit=tuple(1 + COST_PER_DRAFT * drafts for drafts in range(cell.max_draft + 1)), look_up=())
     spec = control.parse_controller(name, cell.max_draft)
@@ -120,7 +120,7 @@ def decode(engine: Engine, branch: ExitBranch, cell: Cell, prompts: Prompts) -> 
 
 
 def compare(engine: Engine, prompts: Prompts, cell: Cell, plain: Sequence[Sequence[int]], ours: Sequence[Generation]) -> dict[str, Any]:
-    """How often the texts are plain decoding's, where they are not, and what the rounds did."""
+    """Counts how often the texts are plain decoding's, lists where they are not, and sums up the rounds."""
 
     def as_run(token_ids: Sequence[Sequence[int]]) -> Run:
         answers = [Answer(i, list(ids), "", "length", Rounds.plain(0)) for i, ids in zip(prompts.ids, token_ids, strict=True)]
@@ -140,7 +140,7 @@ def compare(engine: Engine, prompts: Prompts, cell: Cell, plain: Sequence[Sequen
 
 
 def run_cell(engine: Engine, branches: dict[str, ExitBranch], cell: Cell, prompts: Prompts, journal: Journal) -> None:
-    """Does what the journal lacks of a cell, plain decoding included."""
+    """Runs what the journal lacks of a cell, plain decoding included."""
     plain = {tuple(entry["key"]): entry["token_ids"] for entry in journal.entries("plain")}
     done = {tuple(entry["key"]) for entry in journal.entries("compared")}
     for branch, (index, batch) in itertools.product(branches, enumerate(prompts.batches(cell.batch_size))):
@@ -155,7 +155,7 @@ def run_cell(engine: Engine, branches: dict[str, ExitBranch], cell: Cell, prompt
 
 
 def tallies(journal: Journal) -> dict[tuple[Cell, str], dict[str, Any]]:
-    """What was found in each cell with each branch, over all its batches."""
+    """Sums up each cell with each branch, over all its batches."""
     sums: dict[tuple[Cell, str], dict[str, Any]] = {}
     for entry in journal.entries("compared"):
         *cell, branch, _ = entry["key"]
@@ -168,7 +168,7 @@ def tallies(journal: Journal) -> dict[tuple[Cell, str], dict[str, Any]]:
 
 
 def to_markdown(journal: Journal) -> str:
-    """The summary: each cell, and every divergence."""
+    """Writes the summary: each cell, and every divergence."""
     sums, sections = tallies(journal), []
     expected = {(cell, branch): journal.settings["texts"][cell.prompts] for cell in all_cells() for branch in BRANCHES}
     missing = sum(sums[key]["texts"] < texts if key in sums else True for key, texts in expected.items())
@@ -200,7 +200,7 @@ def to_markdown(journal: Journal) -> str:
 
 
 def read(engine: Engine, files: Sequence[str]) -> Prompts:
-    """The first turns of all the files, sorted by length."""
+    """Reads the first turns of all the files, sorted by length."""
     found = [(str(record.id), engine.encode(record.turns[0])) for file in files for record in read_prompts(file)]
     return Prompts(*map(list, zip(*sorted(found, key=lambda one: len(one[1])), strict=True)))
 

@@ -1,4 +1,4 @@
-"""A GGUF file's model in llama.cpp (llama-cpp-python, CPU): what this project is compared with."""
+"""Runs a GGUF file's model in llama.cpp (llama-cpp-python, CPU), which this project is compared with."""
 
 import os
 import pathlib
@@ -9,7 +9,7 @@ from llama_cpp.llama_speculative import LlamaPromptLookupDecoding
 
 
 def load_model(file: pathlib.Path, context: int, *, float32_cache: bool, lookup_tokens: int | None = None) -> llama_cpp.Llama:
-    """A model on all cores.
+    """Loads a model, to run on all cores.
 
     Args:
       context: tokens that a text can have, its prompt included.
@@ -30,7 +30,7 @@ def load_model(file: pathlib.Path, context: int, *, float32_cache: bool, lookup_
 
 
 def answer(model: llama_cpp.Llama, ids: list[int], new_tokens: int, eos_ids: Sequence[int]) -> list[int]:
-    """Greedy text of up to `new_tokens` tokens, the EOS that ends it included."""
+    """Answers greedily with up to `new_tokens` tokens, the EOS that ends the text included."""
     model.reset()  # else it goes on from what the last prompt has in common with this one
     found: list[int] = []
     for token in model.generate(ids, temp=0.0):

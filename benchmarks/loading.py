@@ -1,15 +1,14 @@
-"""What each process of a pod reads of a checkpoint, and what host memory that takes: Llama-2-13B's shape, in bfloat16.
+"""Measures what each process of a pod reads of a checkpoint, and how much host memory that takes: Llama-2-13B's shape, in bfloat16.
 
     python benchmarks/loading.py --processes=8 --mesh=fsdp:8
     python benchmarks/loading.py --processes=4 --mesh=fsdp:2,tensor:4 --only=0
 
-The file is sparse: a header, and nothing behind it, so it takes no disk; reading it gives zeros. Processes are run one after the other,
-as a machine without the memory for all of them can: each has all devices of the mesh, virtual ones, loads through the library's own code,
-and keeps what its own devices would hold. What devices would send each other is left out; `tests/weights/test_weights.py`
-loads in real processes.
+The file is sparse: a header, and nothing after it, so it takes no disk; reading it gives zeros. Processes run one after the other, because
+a machine need not have the memory for all of them. Each has all devices of the mesh, virtual ones, loads through the library's own code,
+and keeps what its own devices would hold. Traffic between devices is left out; `tests/weights/test_weights.py` loads in real processes.
 
-Read are bytes asked of the file; memory is the peak above what the process had before, without the pages of the file that the kernel keeps
-for it, and takes back when it needs them (shown beside it).
+"Read" counts the bytes asked of the file. "Memory" is the peak above what the process had before. It leaves out the pages of the file that
+the kernel keeps and takes back when it needs them; these are shown beside it.
 """
 
 import json
@@ -40,7 +39,7 @@ GIB = 2**30
 
 
 class Loaded(NamedTuple):
-    """What one process did, in bytes.
+    """The bytes of one process.
 
     read: of the file. share: what its devices hold. memory, mapped: peaks of its own memory, and of the file's.
     """
@@ -52,7 +51,7 @@ class Loaded(NamedTuple):
 
 
 def mesh_sizes() -> dict[str, int]:
-    """What --mesh says, by axis; raises UserError where it makes no sense."""
+    """Parses --mesh into sizes by axis; raises UserError where it makes no sense."""
     try:
         return {axis: int(size) for axis, size in (entry.split(":") for entry in FLAGS.mesh)}
     except ValueError:
@@ -60,7 +59,7 @@ def mesh_sizes() -> dict[str, int]:
 
 
 def hf_config(blocks: int) -> dict[str, Any]:
-    """`config.json` of Llama-2-13B."""
+    """Returns the `config.json` of Llama-2-13B."""
     return {
         "model_type": "llama",
         "vocab_size": 32000,
@@ -77,7 +76,7 @@ def hf_config(blocks: int) -> dict[str, Any]:
 
 
 def write_sparse(folder: pathlib.Path, hf: dict[str, Any]) -> None:
-    """A model's folder without a tokenizer, whose weights are bfloat16 zeros that take no disk."""
+    """Writes a model's folder without a tokenizer, whose weights are bfloat16 zeros that take no disk."""
     import flax.linen as nn
     import jax
 
@@ -100,7 +99,7 @@ def write_sparse(folder: pathlib.Path, hf: dict[str, Any]) -> None:
 
 
 def load_as(process: int, processes: int, folder: pathlib.Path, sizes: dict[str, int]) -> tuple[Loaded, Any]:
-    """Loads what one of several processes would, in bfloat16; the second is its arrays, to be kept as long as the memory is looked at."""
+    """Loads what one of several processes would, in bfloat16; also returns its arrays, to be kept while memory is measured."""
     import jax
     import jax.numpy as jnp
     from jax.sharding import Mesh
@@ -115,7 +114,7 @@ def load_as(process: int, processes: int, folder: pathlib.Path, sizes: dict[str,
     read, held = [], []
 
     class Parts(NamedTuple):
-        """In place of an array whose other parts are elsewhere."""
+        """Stands in for an array whose other parts are on other processes."""
 
         arrays: list[jax.Array]
 
@@ -153,13 +152,13 @@ def load_as(process: int, processes: int, folder: pathlib.Path, sizes: dict[str,
 
 
 def memory_in_use() -> tuple[int, int]:
-    """Of this process, in bytes: its own, and pages of files."""
+    """Reads this process's memory, in bytes: its own, and pages of files."""
     lines = dict(line.split(":", 1) for line in pathlib.Path("/proc/self/status").read_text().splitlines())
     return tuple(int(lines[name].split()[0]) * 1024 for name in ("RssAnon", "RssFile"))
 
 
 def measure(process: int, folder: pathlib.Path, sizes: dict[str, int]) -> Loaded:
-    """`load_as` in this process, and the peaks of its memory above what it had before."""
+    """Runs `load_as` in this process, and measures the peaks of its memory above what it had before."""
     import jax
 
     from eesd_jax.weights import load  # noqa: F401  which is none of what a checkpoint takes

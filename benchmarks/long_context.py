@@ -1,11 +1,11 @@
-"""What a step of plain decoding costs with little text in a long cache, beside the same text in a short one.
+"""Times a step of plain decoding with little text in a long cache, and with the same text in a short one.
 
     python benchmarks/long_context.py
     python benchmarks/long_context.py --nokernels
     python benchmarks/long_context.py --model=FILE.gguf --dtype=bfloat16 --capacities=1024,8192,32768
 
-Masks hide what is not valid, so results never depend on the room behind the text; time should not either. In float32 on a CPU attention is
-a kernel that reads the valid part alone; elsewhere XLA's, over the least of a few sizes that holds the longest row.
+Masks hide what is not valid, so results never depend on the empty room in a cache; time should not either. In float32 on a CPU attention
+is a kernel that reads only the valid part. Elsewhere it is XLA's, over the least of a few sizes that holds the longest row.
 """
 
 import statistics
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def measure(dtype: str, capacities: list[int]) -> dict[int, float]:
-    """Seconds of a step, by capacity."""
+    """Times a step: seconds by capacity."""
     import jax
 
     import eesd_jax

@@ -1,4 +1,4 @@
-"""The same prompts and weights through this project and its peers, plain and with each one's own speculation: greedy, batch 1, all cores.
+"""Runs the same prompts and weights through this project and its peers, plain and with each one's own speculation: greedy, batch 1.
 
     pip install -e ".[peers]"
     python benchmarks/peers.py
@@ -6,8 +6,8 @@
 
 Peers are transformers + PyTorch (plain, prompt lookup, early exit) and llama.cpp (plain, prompt lookup), each with float32 weights made of
 the file's, and llama.cpp also with bfloat16 ones and with those that the file stores. They take turns prompt by prompt, in an order that
-rotates, so that a drift of the machine's speed favours none. Time is from prompt to last token; loading, compilation and a warm-up are not
-in it. All get the same token ids, stop at the same EOS ids and count that EOS.
+rotates, so that a drift of the machine's speed favours none. Time is from prompt to last token, on all cores, without loading, compilation
+and a warm-up. All get the same token ids, stop at the same EOS ids and count that EOS.
 
 Speculation must not change greedy text: every text is compared with that of the same peer without speculation, and with that of
 transformers without. A peer whose package is missing is left out, and so is speculation that fails.
@@ -79,7 +79,7 @@ class Timing(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What all peers get. engine: this project's. file: the GGUF file. context: tokens of the longest text. folder: for temporary files."""
+    """Input of all peers. engine: this project's. file: the GGUF file. context: tokens of the longest text. folder: for temporary files."""
 
     engine: Any
     file: pathlib.Path
@@ -88,7 +88,7 @@ class Work(NamedTuple):
 
 
 def transformers_ways(work: Work) -> Iterator[Way]:
-    """Those of transformers + PyTorch, float32."""
+    """Lists the ways of transformers + PyTorch, in float32."""
     import torch
     import torch_reference
 
@@ -105,7 +105,7 @@ def transformers_ways(work: Work) -> Iterator[Way]:
 
 
 def llama_cpp_ways(peer: str, work: Work) -> Iterator[Way]:
-    """llama.cpp: with float32 weights and cache, with bfloat16 weights, or with the file as it is."""
+    """Lists the ways of llama.cpp: with float32 weights and cache, with bfloat16 weights, or with the file as it is."""
     import dequantized
     import gguf
     import llama_cpp_reference
@@ -127,7 +127,7 @@ def llama_cpp_ways(peer: str, work: Work) -> Iterator[Way]:
 
 
 def eesd_jax_ways(peer: str, work: Work) -> Iterator[Way]:
-    """This project: by weights as the file stores them, or with these set aside, by float32 weights."""
+    """Lists the ways of this project: with weights as the file stores them, or with float32 weights."""
     engine = work.engine
     if peer == "eesd_jax-float32":
         engine = type(engine)(engine.model._replace(codes=None), engine.decode_config, engine.drafter)
@@ -142,7 +142,7 @@ def eesd_jax_ways(peer: str, work: Work) -> Iterator[Way]:
 
 
 def open_peers(names: Sequence[str], work: Work) -> tuple[list[Way], dict[str, str]]:
-    """All ways to answer, and by peer why it was left out."""
+    """Opens all peers: returns the ways to answer, and why others were left out, by peer."""
     ways, left_out = [], {}
     for name in names:
         try:
@@ -161,7 +161,7 @@ def open_peers(names: Sequence[str], work: Work) -> tuple[list[Way], dict[str, s
 
 
 def failure(peer: str, error: Exception) -> str:
-    """What a peer says that it cannot do, in a line; what this project cannot do is raised."""
+    """Puts a peer's error into one line; an error of this project is raised."""
     if peer.startswith("eesd_jax"):
         raise error
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
@@ -170,7 +170,7 @@ def failure(peer: str, error: Exception) -> str:
 def measure(
     ways: Sequence[Way], prompts: Sequence[list[int]], budget: int, progress: Callable[[], None]
 ) -> tuple[list[Way], list[dict[Way, Timing]], dict[str, str]]:
-    """The ways that work, what each did with each prompt, and why the others do not work. Nothing that JAX compiled is in the times."""
+    """Times all ways prompt by prompt, without compilation: returns those that work, their timings, and why others do not work."""
     from eesd_jax.bench.run import watch_compilation
 
     working, failed = [], {}
@@ -201,7 +201,7 @@ def measure(
 
 
 def compare(engine: Any, prompts: Sequence[list[int]], expected: Sequence[list[int]], found: Sequence[list[int]]) -> dict[str, Any]:
-    """How many texts are identical, where they are not, and whether float32 can tell the two tokens there apart."""
+    """Counts identical texts, and finds where others differ and whether float32 can tell the two tokens there apart."""
     from eesd_jax.bench import run
     from eesd_jax.bench.record import Answer, Run
     from eesd_jax.decode import control
@@ -222,7 +222,7 @@ def compare(engine: Any, prompts: Sequence[list[int]], expected: Sequence[list[i
 
 
 def result_rows(engine: Any, prompts: Sequence[list[int]], ways: Sequence[Way], timings: Sequence[dict[Way, Timing]]) -> list[dict]:
-    """One row a way: speeds over all prompts, and whose texts its own are; None where there is nothing to compare with."""
+    """Makes a row for each way: speeds over all prompts, and which texts its own equal; None where there is nothing to compare with."""
     texts = {(way.peer, way.kind): [timing[way].token_ids for timing in timings] for way in ways}
     seconds = {(way.peer, way.kind): [timing[way].seconds for timing in timings] for way in ways}
     speed = {key: sum(map(len, texts[key])) / sum(seconds[key]) for key in texts}
@@ -247,7 +247,7 @@ def result_rows(engine: Any, prompts: Sequence[list[int]], ways: Sequence[Way], 
 
 
 def show(result: dict[str, Any]) -> None:
-    """A table, and what was left out."""
+    """Prints a table, and what was left out."""
     table = Table(box=box.MARKDOWN)
     table.add_column("")
     for column in ("weights x activations", "tokens/s", "ratio", "own ratio", "like own plain", "like transformers"):
@@ -270,7 +270,7 @@ def show(result: dict[str, Any]) -> None:
 
 
 def versions() -> dict[str, str]:
-    """Of the packages that are compared, as far as they are installed."""
+    """Lists the versions of the compared packages that are installed."""
     found = {}
     for package in ("eesd-jax", "jax", "torch", "transformers", "llama-cpp-python"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -293,7 +293,7 @@ def check_flags() -> list[str]:
 
 
 def read_conversations() -> list[Conversation]:
-    """The first turns that are answered."""
+    """Reads the first turns, which are answered."""
     if not FLAGS.prompts:
         found = [Conversation(line, None, (), (prompt,), line) for line, prompt in enumerate(PROMPTS, start=1)]
     else:

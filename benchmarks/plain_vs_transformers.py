@@ -1,10 +1,10 @@
-"""Plain decoding against transformers + PyTorch `generate`: same weights, same prompts, same run, float32, greedy.
+"""Compares plain decoding with transformers + PyTorch `generate`: same weights, same prompts, same run, float32, greedy.
 
     pip install -e ".[parity]"
     python benchmarks/plain_vs_transformers.py
 
-They take turns prompt by prompt, so that a drift of the machine's speed cancels. This project multiplies by the weights as their file
-stores them (4- and 8-bit codes), and once more, with these set aside, by float32 weights. A memory bound is the time to read all weights
+They take turns prompt by prompt, so that a drift of the machine's speed cancels. This project runs twice: with the weights as their file
+stores them (4- and 8-bit codes), and with float32 weights. A memory bound is the time to read all weights
 once a token at the bandwidth measured in the same run. Batch 16 is compared with this project's own batch 1.
 """
 
@@ -44,7 +44,7 @@ PROMPTS = (
 
 
 def read_bandwidth() -> float:
-    """Bytes per second of reading memory on all cores: the median of ten sums over 1 GiB."""
+    """Measures the bytes per second of reading memory on all cores: the median of ten sums over 1 GiB."""
     block = torch.ones(2**28)
     seconds: list[float] = []
     for _ in range(10):
@@ -53,12 +53,12 @@ def read_bandwidth() -> float:
 
 
 def stored_bytes(model: LoadedModel) -> int:
-    """Bytes of all weights, of those as codes that have any."""
+    """Counts the bytes of all weights, as codes where they have any."""
     return sum(leaf.nbytes for leaf in jax.tree.leaves(llama.weights_read(llama.with_codes(model.params, model.codes))))
 
 
 def timed(seconds: list[float], work: Callable[[], T]) -> T:
-    """What the work gives; adds its wall time."""
+    """Runs the work, adds its wall time, and returns its result."""
     start = time.perf_counter()
     result = work()
     seconds.append(time.perf_counter() - start)

@@ -1,11 +1,11 @@
-"""What quantised weights cost in exactness: logits of int8 and int4 against those of the model as it is, on text that it wrote itself.
+"""Measures what quantisation loses: logits with int8 and int4 weights against the unquantised model's, on text that this model wrote.
 
     python benchmarks/quantisation.py
     python benchmarks/quantisation.py --model=meta-llama/Llama-3.2-1B-Instruct --report=quantisation.md
 
-The model answers a few prompts greedily; then each of the three reads prompts and answers once, and its logits at the tokens of the answers
-are compared, in float32. A position's logit error is the root mean square of the differences over the vocabulary, relative to that of the
-model's own logits about their mean.
+The unquantised model answers a few prompts greedily. Then each of the three models reads prompts and answers once, and their logits at the
+tokens of the answers are compared, in float32. A position's logit error is the root mean square of the differences over the vocabulary,
+relative to that of the model's own logits about their mean.
 """
 
 import functools
@@ -53,7 +53,7 @@ class Text(NamedTuple):
 
 
 class Errors(NamedTuple):
-    """Of every token of the answers, float32 [n]. logits: relative error. kl: of the model as it is to the quantised one, in nats.
+    """Errors at every token of the answers, float32 [n]. logits: relative error. kl: of the model as it is to the quantised one, in nats.
 
     agrees: whether both hold the same token to be the most probable one. nll: of the token that was written, in nats.
     """
@@ -65,7 +65,7 @@ class Errors(NamedTuple):
 
 
 def answer(engine: eesd_jax.Engine) -> list[Text]:
-    """The model's own greedy answers."""
+    """Generates the model's own greedy answers."""
     texts = []
     for prompt in PROMPTS:
         ids = engine.encode(prompt)
@@ -82,14 +82,14 @@ def _logits(config: ModelConfig, params: llama.Params, tokens_1xT: jax.Array) ->
 
 
 def logits_of(model: LoadedModel, text: Text) -> np.ndarray:
-    """Float32 [n, V]: the logits of every token of the answer."""
+    """Computes the logits of every token of the answer, float32 [n, V]."""
     padded = np.zeros((1, -(-len(text.tokens) // _PADDED) * _PADDED), np.int32)
     padded[0, : len(text.tokens)] = text.tokens
     return np.asarray(_logits(model.config, model.params, padded))[text.prompt - 1 : len(text.tokens) - 1]
 
 
 def compare(found: np.ndarray, wanted: np.ndarray, written: np.ndarray) -> Errors:
-    """Logits [n, V] against those of the model as it is, at the tokens [n] that were written."""
+    """Compares logits [n, V] with those of the unquantised model, at the tokens [n] that were written."""
 
     def log_probs(logits: np.ndarray) -> np.ndarray:
         return np.asarray(jax.nn.log_softmax(jnp.asarray(logits)))
@@ -105,7 +105,7 @@ def compare(found: np.ndarray, wanted: np.ndarray, written: np.ndarray) -> Error
 
 
 def row(kind: str, model: LoadedModel, errors: Errors) -> tuple[str, ...]:
-    """A line of the table."""
+    """Makes a line of the table."""
     size = sum(map(bytes_of_a_chip, jax.tree.leaves(model.params)))
     return (
         "as it is" if kind == NOT_QUANTIZED else kind,

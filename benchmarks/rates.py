@@ -1,4 +1,4 @@
-"""What a machine can do at best, which measured times are held against: rates of its memory and of its arithmetic."""
+"""Measures the best rates of a machine's memory and arithmetic, which other times are compared with."""
 
 import statistics
 import time
@@ -14,7 +14,7 @@ REPEATS = 5
 
 
 def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
-    """Of so many times, after one that compiles."""
+    """Times the work `repeats` times, after one call that compiles; returns the median."""
     seconds = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
@@ -24,14 +24,14 @@ def median_seconds(work: Callable[[], Any], repeats: int = REPEATS) -> float:
 
 
 def copy_bandwidth() -> float:
-    """Bytes a second, read and written, of changing an array of 1 GiB (64 MiB on a CPU)."""
+    """Measures the bytes a second, read and written, of changing an array of 1 GiB (64 MiB on a CPU)."""
     block = jnp.zeros(2**24 if jax.default_backend() == "cpu" else 2**28, jnp.float32)
     change = jax.jit(lambda x: x + 1)
     return 2 * block.nbytes / median_seconds(lambda: change(block))
 
 
 def matrix_rate(dtype: jnp.dtype) -> float:
-    """Floating-point operations a second of a product of large matrices."""
+    """Measures the floating-point operations a second of a product of large matrices."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     matrix = jnp.ones((size, size), dtype)
     multiply = jax.jit(lambda x: x @ x)
@@ -39,7 +39,7 @@ def matrix_rate(dtype: jnp.dtype) -> float:
 
 
 def read_bandwidth(outputs: int = 2**16) -> float:
-    """Bytes a second of reading a matrix of 16 KiB an output (1 GiB) once, to multiply one row by it."""
+    """Measures the bytes a second of reading a matrix of 16 KiB an output (1 GiB) once, to multiply one row by it."""
     inputs = 4096
     matrix, row = jnp.ones((outputs, inputs), jnp.float32), jnp.ones((1, 1, inputs), jnp.float32)
     multiply = jax.jit(llama.linear)

@@ -1,14 +1,14 @@
-"""Plays lookup and its bandit on answers that a benchmark has kept: what other lengths, costs, tables or rules would have given.
+"""Replays lookup and its bandit on answers that a benchmark has kept: what other lengths, costs, tables or rules would have given.
 
     python infer/benchmark.py --prompts=questions.jsonl --controllers=cost_aware --output_dir=results
     python benchmarks/replay.py --prompts=questions.jsonl --results=results
     python benchmarks/replay.py --prompts=questions.jsonl --results=results --ngrams=none --cost=1,1.02,1.04,1.06,1.08
 
 No model is run: a looked-up draft has all its probability on one token, so it is accepted where the text goes on with that token, and the
-answers of plain decoding say where. At temperature 0 these are the rounds that the decoder makes; above it rounds of the same law. What is
-played is the decoder's own code. Every answer is played as if it were decoded alone. The price of a round is the benchmark's, or `--cost`.
+answers of plain decoding say where. At temperature 0 these are the decoder's own rounds; above it they follow the same law. The code is the
+decoder's own. Every answer is played as if it were decoded alone. The price of a round is the benchmark's, or `--cost`.
 
-The clairvoyant is offered the same drafts, and drafts up to the first that is refused and never a token more.
+The clairvoyant is offered the same drafts, and drafts up to the first that is rejected and never a token more.
 
 Axes: R answers, S tokens, K drafts.
 """
@@ -55,9 +55,9 @@ NO_DRAFT = -1  # no token
 
 
 class Texts(NamedTuple):
-    """tokens: int32 [R, S], prompt and answer, and `NO_DRAFT` behind them. categories: of each.
+    """The answers. tokens: int32 [R, S], prompt and answer, then `NO_DRAFT`. categories: of each.
 
-    start, end, limit: int32 [R], behind the prompt, behind the answer, and behind the longest that its budget allowed.
+    start, end, limit: int32 [R], the positions after the prompt, after the answer, and after the longest answer within its budget.
     """
 
     tokens: jax.Array
@@ -68,7 +68,7 @@ class Texts(NamedTuple):
 
 
 class Played(NamedTuple):
-    """Of each answer, [R]. rounds, drafted, accepted: int32. price: float32."""
+    """Sums for each answer, [R]. rounds, drafted, accepted: int32. price: float32."""
 
     rounds: jax.Array
     drafted: jax.Array
@@ -77,7 +77,7 @@ class Played(NamedTuple):
 
 
 def texts_of(rows: Sequence[tuple[str, Sequence[int], Sequence[int]]], budget: int, max_draft: int) -> Texts:
-    """From category, prompt and answer of each."""
+    """Makes `Texts` of category, prompt and answer of each."""
     tokens = np.full((len(rows), max(len(prompt) + len(answer) for _, prompt, answer in rows) + max_draft + 1), NO_DRAFT, np.int32)
     for row, (_, prompt, answer) in zip(tokens, rows, strict=True):
         row[: len(prompt) + len(answer)] = [*prompt, *answer]
@@ -88,7 +88,7 @@ def texts_of(rows: Sequence[tuple[str, Sequence[int], Sequence[int]]], budget: i
 
 @functools.partial(jax.jit, static_argnums=0)
 def play(arms: Arms | None, texts: Texts, cost_L: jax.Array, entries: jax.Array | None) -> Played:
-    """Rounds of all answers, side by side, until the last one ends; None for the clairvoyant."""
+    """Plays the rounds of all answers side by side until the last one ends; `controller` is None for the clairvoyant."""
     max_draft = cost_L.size - 1
     places_K = jnp.arange(max_draft)
     tokens, start, end, limit = texts[:4]
@@ -101,7 +101,7 @@ def play(arms: Arms | None, texts: Texts, cost_L: jax.Array, entries: jax.Array 
     def play_round(carry: tuple[Any, jax.Array, Played]) -> tuple[Any, jax.Array, Played]:
         state, length, played = carry
         running = length < end
-        # What lies behind a text's length is still unwritten when a round begins.
+        # Tokens beyond a text's length are still unwritten when a round begins.
         found = lookup.look_up(tokens, length, LONGEST_MATCH, max_draft)
         if entries is not None:
             found = ngrams.fill_in(found, entries, tokens, length)
@@ -117,7 +117,7 @@ def play(arms: Arms | None, texts: Texts, cost_L: jax.Array, entries: jax.Array 
             plan = jax.vmap(propose_alone)(state, running, found)
             drafted = jnp.minimum(plan.look_up, useful)
             state = arms.update(state, plan, drafted, count_right(drafted))
-        accepted = count_right(drafted)  # nothing that is behind the end
+        accepted = count_right(drafted)  # nothing beyond the end
         price = jnp.where(running, cost_L[drafted], 0.0)
         played = Played(*(count + seen for count, seen in zip(played, (running, drafted, accepted, price), strict=True)))
         return state, length + jnp.where(running, accepted + 1, 0), played
@@ -128,7 +128,7 @@ def play(arms: Arms | None, texts: Texts, cost_L: jax.Array, entries: jax.Array 
 
 
 def controllers(cost: Sequence[float]) -> dict[str, Arms | None]:
-    """The bandit, every fixed length, and the clairvoyant."""
+    """Lists the bandit, every fixed length, and the clairvoyant."""
     names = ["cost_aware", *(f"fixed:{drafts}" for drafts in range(1, len(cost)))]
     costs = RoundCosts(tuple(cost), tuple(cost))
     build = functools.partial(control.build_controller, settings=ControllerConfig(), calibration=Calibration(), costs=costs)
@@ -137,14 +137,14 @@ def controllers(cost: Sequence[float]) -> dict[str, Arms | None]:
 
 
 def summary(played: Played, texts: Texts, plain: float, chosen: np.ndarray) -> dict[str, float]:
-    """Of the answers that are chosen: speed-up, tokens of a round, share of drafts that were accepted."""
+    """Sums up the chosen answers: speed-up, tokens of a round, share of drafts that were accepted."""
     rounds, drafted, accepted, price = (float(np.asarray(count)[chosen].sum()) for count in played)
     tokens = float(np.asarray(texts.end - texts.start)[chosen].sum())
     return {"speedup": tokens * plain / price, "tokens_per_round": tokens / rounds, "acceptance": accepted / max(drafted, 1)}
 
 
 def compare(texts: Texts, cost: Sequence[float], plain: float, entries: jax.Array | None) -> dict[str, dict[str, dict[str, float]]]:
-    """By controller, then by category, all of them first."""
+    """Plays all controllers; results by controller, then by category, all categories together first."""
     categories = np.array(texts.categories)
     groups = {report.ALL: np.ones(len(categories), bool)} | {name: categories == name for name in dict.fromkeys(texts.categories)}
     result = {}
@@ -155,7 +155,7 @@ def compare(texts: Texts, cost: Sequence[float], plain: float, entries: jax.Arra
 
 
 def read_answers(engine: Engine, journal: Journal, batches: Sequence[benchmark.Batch]) -> list[tuple[str, list[int], list[int]]]:
-    """Category, prompt and plain answer of every turn, as token ids."""
+    """Reads category, prompt and plain answer of every turn, as token ids."""
     runs = {(run.batch, run.turn): run for run in journal.runs() if run.controller == control.PLAIN}
     rows = []
     for index, batch in enumerate(batches):
@@ -173,7 +173,7 @@ def read_answers(engine: Engine, journal: Journal, batches: Sequence[benchmark.B
 
 
 def find_cost(journal: Journal) -> tuple[list[float], float]:
-    """What rounds with looked-up drafts cost, and a plain step."""
+    """Finds the costs of rounds with looked-up drafts, and of a plain step."""
     if FLAGS.cost is not None:
         try:
             cost = [float(value) for value in FLAGS.cost]

@@ -1,11 +1,11 @@
-"""The report: `infer/benchmark.py` over temperatures, batch sizes and sources of drafts, and what training runs reached, in one document.
+"""Writes the report: `infer/benchmark.py` over temperatures, batch sizes and sources of drafts, and the results of training runs.
 
     make report PROMPTS=questions.jsonl,functions.jsonl
     python benchmarks/report.py --prompts=questions.jsonl --output_dir=runs/report --report=docs/report.md
     python benchmarks/report.py --prompts=questions.jsonl --training="N = 2=runs/n2,N = 4=runs/n4" --norun
 
-Hours, on a CPU. Each benchmark is kept in a folder of OUTPUT_DIR, and goes on where it stopped when the same command is started again;
---norun reports on what there is. The report is Markdown with plots (SVG) in a folder beside it that has its name.
+It takes hours on a CPU. Each benchmark is kept in a folder of OUTPUT_DIR, and goes on where it stopped when the same command is started
+again; --norun reports on what there is. The report is Markdown with plots (SVG) in a folder beside it that has its name.
 """
 
 import itertools
@@ -55,7 +55,7 @@ class Benchmark(NamedTuple):
     settings: dict[str, Any]
 
     def run(self) -> None:
-        """Runs it, unless this very one is finished; raises UserError where it fails."""
+        """Runs the benchmark, unless this very one is finished; raises UserError where it fails."""
         values = self.settings | {"output_dir": self.folder}
         arguments = [f"--{name}={value}" for name, value in values.items() if value is not None]
         finished = self.folder / "finished.json"
@@ -69,19 +69,19 @@ class Benchmark(NamedTuple):
             json.dump(arguments, file)
 
     def results(self) -> dict[str, Any] | None:
-        """Its `results.json`, if there is one."""
+        """Reads its `results.json`, if there is one."""
         path = self.folder / "results.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
 
 def benchmark(prompts: str, name: str, **settings: Any) -> Benchmark:
-    """With the settings that all of them share, in a folder of that name."""
+    """Makes a benchmark with the settings that all share, in a folder of that name."""
     shared = {flag: FLAGS[flag].value for flag in ("model", "ngrams", "max_new_tokens", "max_draft", "limit")}
     return Benchmark(pathlib.Path(FLAGS.output_dir).expanduser() / name, {"prompts": prompts} | shared | settings)
 
 
 class Cell(NamedTuple):
-    """What one benchmark is of. arms: what drafts, joined by +."""
+    """The settings of one benchmark. arms: the sources of drafts, joined by +."""
 
     prompts: str
     temperature: str
@@ -106,23 +106,23 @@ class Cell(NamedTuple):
 
     @property
     def ignores_eos(self) -> bool:
-        """Sampled answers end sooner or later by chance, and a batch takes as long as its longest."""
+        """Says whether EOS is ignored: sampled answers end by chance, and a batch takes as long as its longest."""
         return float(self.temperature) > 0 and int(self.batch_size) > 1
 
 
 def all_cells() -> list[Cell]:
-    """What says most comes first."""
+    """Lists all cells; those that say most come first."""
     sources = ("lookup",) if FLAGS.exit_branch == "none" else ("+".join(ARMS), *ARMS)
     return [Cell(*parts) for parts in itertools.product(FLAGS.prompts, FLAGS.temperatures, FLAGS.batch_sizes, sources)]
 
 
 def of_all(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of all prompts together, by controller."""
+    """Finds the rows of all prompts together, by controller."""
     return {row["controller"]: row for row in results["rows"] if row["category"] == ALL}
 
 
 def headline(found: dict[Cell, dict[str, Any]]) -> str:
-    """The default controller in every setting."""
+    """Makes the table of the default controller in every setting."""
     header = ("T", "batch", "drafts from", "plain, tokens/s", "tokens/s", "speed-up", "scored", "tokens/round", "acceptance", "identical")
     lines = []
     for cell, results in found.items():
@@ -136,12 +136,12 @@ def headline(found: dict[Cell, dict[str, Any]]) -> str:
 
 
 def categories_of(found: dict[Cell, dict[str, Any]]) -> list[str]:
-    """In the order of the prompts; all of them together come last."""
+    """Lists the categories in the order of the prompts, all of them together last."""
     return list(dict.fromkeys(row["category"] for results in found.values() for row in results["rows"]))
 
 
 def by_category(found: dict[Cell, dict[str, Any]], field: str) -> str:
-    """A figure of the default controller in every setting and category."""
+    """Makes the table of one figure of the default controller, by setting and category."""
     categories = categories_of(found)
     lines = []
     for cell, results in found.items():
@@ -151,7 +151,7 @@ def by_category(found: dict[Cell, dict[str, Any]], field: str) -> str:
 
 
 def against_fixed(found: dict[Cell, dict[str, Any]], field: str) -> str:
-    """A speed-up of all controllers, relative to that of the fixed length (plain decoding is length 0) that was best by it."""
+    """Makes the table of a speed-up of all controllers, relative to the fixed length (plain decoding is length 0) that was best by it."""
     names = list(dict.fromkeys(name for results in found.values() for name in of_all(results) if not is_fixed(name)))
     lines = []
     for cell, results in found.items():
@@ -167,7 +167,7 @@ def is_fixed(name: str) -> bool:
 
 
 def speeds_by_batch(found: dict[Cell, dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
-    """Speed-up of the default controller by batch size, for each temperature and source of drafts."""
+    """Collects the default controller's speed-up by batch size, for each temperature and source of drafts."""
     lines: dict[str, list[tuple[int, float]]] = {}
     for cell, results in sorted(found.items(), key=lambda entry: int(entry[0].batch_size)):
         point = int(cell.batch_size), of_all(results)[DEFAULT_CONTROLLER]["speedup"]
@@ -176,7 +176,7 @@ def speeds_by_batch(found: dict[Cell, dict[str, Any]]) -> dict[str, list[tuple[i
 
 
 def read_training(label: str, folder: pathlib.Path) -> dict[str, Any]:
-    """What a run of `train/distill.py` reached: its evaluations, and the settings that are kept with its branch."""
+    """Reads the results of a run of `train/distill.py`: its evaluations, and the settings that are kept with its branch."""
     try:
         lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
         info = json.loads((folder / "exit_branch" / "config.json").read_text())
@@ -195,14 +195,14 @@ def read_training(label: str, folder: pathlib.Path) -> dict[str, Any]:
 
 
 def training_benchmark(label: str, folder: pathlib.Path) -> Benchmark:
-    """The branch of a training run drafting alone, greedy."""
+    """Makes the benchmark of a training run's branch, drafting alone, greedy."""
     prompts = FLAGS.training_prompts or FLAGS.prompts[0]
     name = f"training/{urllib.parse.quote(label, safe=' ')}"  # no two labels share a folder
     return benchmark(prompts, name, exit_branch=folder / "exit_branch", arms="exit", controllers=f"{PLAIN},{TRAINED}", temperature=0)
 
 
 def training_table(runs: dict[str, dict[str, Any]]) -> str:
-    """What each run reached on held-out text of its own."""
+    """Makes the table of what each run reached on held-out text of its own."""
     header = ("run", "N", "start", "draft vocabulary", "response tokens", "positions seen", "loss", "agreement", "overlap", "tokens/round")
     lines = []
     for label, run in runs.items():
@@ -214,7 +214,7 @@ def training_table(runs: dict[str, dict[str, Any]]) -> str:
 
 
 def trained_table(found: dict[str, dict[str, Any]]) -> str:
-    """What the branches reached on the same prompts, each drafting alone."""
+    """Makes the table of what the branches reached on the same prompts, each drafting alone."""
     header = ("run", "first drafts accepted", "second ones", "acceptance", "tokens/round", "scored", "identical")
     lines = []
     for label, results in found.items():
@@ -226,7 +226,7 @@ def trained_table(found: dict[str, dict[str, Any]]) -> str:
 
 
 def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]], trained: dict[str, dict[str, Any]]) -> None:
-    """The document and its plots.
+    """Writes the document and its plots.
 
     Args:
       found: results of the benchmarks.
@@ -269,7 +269,7 @@ def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]], tr
 
 
 def introduction(results: dict[str, Any]) -> str:
-    """On what and of what."""
+    """Writes the sentences that say what ran, on which machine, with which settings."""
     settings = results["settings"]
     return (
         f"{model_and_machine(results)}; at most {settings['max_new_tokens']} new tokens and {settings['max_draft']} drafts in a round. "

@@ -1,9 +1,9 @@
-"""What a round costs beside what it is made of, on the built-in model: rounds of every length against the sum of their parts.
+"""Times rounds of every length on the built-in model, and compares them with the sum of their parts.
 
     python benchmarks/round_overhead.py
     python benchmarks/round_overhead.py --batch_size=8 --controllers=forced,beta --output=overhead.json
 
-The parts, each in a jitted loop of its own with its caches in place: blocks 1..N on one token (k + 1 times in a round of k drafts); the
+The parts run each in a jitted loop of its own, with its caches in place: blocks 1..N on one token (k + 1 times in a round of k drafts); the
 exit block, its head and the draw of a draft (k times); at the compiled width that holds k + 1 tokens, blocks N+1..L, the head, acceptance;
 and what the controller computes. A part by itself finds its weights in the processor's caches, from which the other parts of a round have
 driven them. So there is also a bare round: the same parts one after the other, and nothing else.
@@ -11,7 +11,7 @@ driven them. So there is also a bare round: the same parts one after the other, 
 Rounds are those of the real program, with the number of drafts forced whatever the controller says; what it says is computed nevertheless.
 Each round is timed side by side with its parts, and medians of ratios count, so that whatever else the machine does meets both alike.
 
-A second table holds each part against memory: the time to read its weights and the valid part of its caches once, at the rate at which a
+A second table compares each part with memory: the time to read its weights and the valid part of its caches once, at the rate at which a
 matrix of 1 GiB is read in the same run.
 """
 
@@ -56,7 +56,7 @@ flags.DEFINE_string("output", None, "File to write the result to (JSON).")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Leading:
-    """Always `length` drafts, and nevertheless all that another controller computes."""
+    """Drafts `length` tokens always, and still computes all that another controller does."""
 
     inner: Controller
     length: int
@@ -80,20 +80,20 @@ class Leading:
 
 
 def greedy(batch: int) -> Sampling:
-    """Temperature 0 in every row, nothing filtered."""
+    """Makes greedy settings for every row, without filters."""
     zeros = jnp.zeros(batch)
     return Sampling(temperature=zeros, top_k=jnp.zeros(batch, jnp.int32), top_p=zeros + 1, min_p=zeros)
 
 
 def wait_for(value_B: jax.Array, result: jax.Array) -> jax.Array:
-    """The same value, but only once there is a result: so that each turn of a loop needs the one before."""
+    """Returns the same value, made to depend on a result: so that each turn of a loop needs the one before."""
     return value_B + jnp.isnan(result.ravel()[0]).astype(value_B.dtype)
 
 
 class Parts:
     """Loops over the parts of a round; each takes the state and how often, and returns the state.
 
-    They are what `decode/round.py` does, without what ties it together.
+    They do what `decode/round.py` does, without the code that joins them.
     """
 
     def __init__(self, engine: Engine, sampling: Sampling):
@@ -101,7 +101,7 @@ class Parts:
         self.params, self.branch, self.sampling = engine.params, engine.branch, sampling
 
     def loops(self) -> dict[Any, Callable[[DecodeState, int], DecodeState]]:
-        """By name: "early", "exit", ("verify", width), and ("bare", drafts)."""
+        """Makes the loops by name: "early", "exit", ("verify", width), and ("bare", drafts)."""
         steps = {"early": self.early, "exit": self.exit}
         steps |= {("verify", width): functools.partial(self.verify, width) for width in self.draft.widths}
         steps |= {("bare", drafts): functools.partial(self.bare, drafts) for drafts in range(self.draft.max_draft + 1)}
@@ -115,7 +115,7 @@ class Parts:
         }
 
     def early(self, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
-        """Blocks 1..N on one token."""
+        """Runs blocks 1..N on one token."""
         depth, cache = self.draft.exit_layer, state.cache
         token_B, start_B = jnp.take_along_axis(state.tokens, state.length[:, None] - 1, axis=1)[:, 0], state.length - 1
         caches = kv.KVCache(cache.k[:depth], cache.v[:depth])
@@ -125,7 +125,7 @@ class Parts:
         return state._replace(length=wait_for(state.length, x), cache=cache)
 
     def exit(self, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
-        """The exit block on one hidden state, its head, and the draw."""
+        """Runs the exit block on one hidden state, its head, and the draw."""
         start_B = state.length - 1
         h = llama.embed(params, state.tokens[:, :1])
         x, new = exit_branch.run_exit_block(self.config, branch, h, start_B, state.draft.exit_cache)
@@ -138,7 +138,7 @@ class Parts:
         return state._replace(length=length, draft=state.draft._replace(exit_cache=exit_cache))
 
     def accept(self, width: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
-        """Blocks N+1..L on `width` hidden states, the head, and acceptance; keys and values of the exit block."""
+        """Runs blocks N+1..L on `width` hidden states, the head, acceptance, and the exit block's keys and values."""
         depth, cache, start_B = self.draft.exit_layer, state.cache, state.length - 1
         batch = start_B.size
         h = llama.embed(params, state.tokens[:, :width])
@@ -156,7 +156,7 @@ class Parts:
         return state._replace(length=length, cache=cache, draft=state.draft._replace(exit_cache=exit_cache))
 
     def bare(self, drafts: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
-        """The parts of a round of so many drafts, one after the other."""
+        """Runs the parts of a round of so many drafts, one after the other."""
 
         def one_draft(_: jax.Array, state: DecodeState) -> DecodeState:
             return self.early(params, branch, self.exit(params, branch, state))
@@ -166,7 +166,7 @@ class Parts:
 
 
 def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.Array) -> Any:
-    """What a controller computes in rounds of so many drafts."""
+    """Loops over what a controller computes in rounds of so many drafts."""
     keys_B = jax.vmap(jax.random.key)(jnp.arange(batch))
 
     def one_round(i: jax.Array, state: Any) -> Any:
@@ -185,7 +185,7 @@ def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.
 
 
 def seconds_of(work: Callable[[], Any]) -> float:
-    """Wall time of one call."""
+    """Measures the wall time of one call."""
     start = time.perf_counter()
     jax.block_until_ready(work())
     return time.perf_counter() - start
@@ -202,12 +202,12 @@ class Sample(NamedTuple):
     decisions: float
 
     def parts(self, drafts: int) -> float:
-        """Seconds of all parts of a round of so many drafts."""
+        """Sums the seconds of all parts of a round of so many drafts."""
         return (drafts + 1) * self.early + drafts * self.exit + self.verify + self.decisions
 
 
 def made_up_controller(name: str, max_draft: int) -> Controller:
-    """The controller of that name; `forced` for one that computes nothing."""
+    """Makes the controller of that name; `forced` computes nothing."""
     if name == "forced":
         return Fixed(0)
     costs = RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
@@ -216,7 +216,7 @@ def made_up_controller(name: str, max_draft: int) -> Controller:
 
 
 def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeats: int) -> dict[tuple[str, int], list[Sample]]:
-    """Samples of rounds under each controller with each number of drafts, one a repeat."""
+    """Samples rounds under each controller with each number of drafts, one a repeat."""
     draft, parts = engine.drafter.draft, Parts(engine, greedy(batch)).loops()
     prompts = [list(range(1, timing.PROMPT_TOKENS + 1))] * batch
     budget = max(engine.decode_config.max_new_tokens, steps * (draft.max_draft + 1) + 1)
@@ -247,7 +247,7 @@ def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeat
 
 
 def result_rows(samples: dict[tuple[str, int], list[Sample]]) -> list[dict[str, Any]]:
-    """One row for each controller and number of drafts; medians, in milliseconds, and those of a round's ratios to the others."""
+    """Makes a row for each controller and number of drafts: medians in milliseconds, and of a round's ratios to the others."""
     rows = []
     for (name, drafts), found in samples.items():
         medians = Sample(*(1e3 * statistics.median(values) for values in zip(*found, strict=True)))
@@ -261,7 +261,7 @@ def result_rows(samples: dict[tuple[str, int], list[Sample]]) -> list[dict[str, 
 def part_rows(
     samples: dict[tuple[str, int], list[Sample]], works: dict[Any, Work], draft: DraftConfig, bandwidth: float
 ) -> list[dict[str, Any]]:
-    """One row for each part: what it does, milliseconds at least and as measured (median)."""
+    """Makes a row for each part: its work, and milliseconds at least and as measured (median)."""
     seconds: dict[Any, list[float]] = {name: [] for name in works}
     for (_, drafts), found in samples.items():
         seconds["early"] += [sample.early for sample in found]

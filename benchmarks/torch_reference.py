@@ -1,4 +1,4 @@
-"""A GGUF file's model in transformers + PyTorch (CPU, float32), by default the built-in one: what this project is compared with."""
+"""Runs a GGUF file's model, by default the built-in one, in transformers + PyTorch (CPU, float32), which this project is compared with."""
 
 import pathlib
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from eesd_jax.weights import gguf, hub
 
 
 def load_model(file: pathlib.Path | None = None) -> transformers.LlamaForCausalLM:
-    """The weights of a Llama, as this project reads them, in transformers."""
+    """Loads the weights of a Llama, as this project reads them, into transformers."""
     source = gguf.GGUFSource(file or hub.fetch_demo())
     config = source.hf_config()
     config["rope_scaling"] = _given(config["rope_scaling"])
@@ -30,7 +30,7 @@ def _given(fields: dict[str, Any]) -> dict[str, Any]:
 
 @torch.no_grad()
 def generate(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int) -> list[int]:
-    """Greedy text of exactly `new_tokens` tokens; EOS is a token like all others."""
+    """Generates exactly `new_tokens` tokens greedily; EOS is a token like all others."""
     out = model.generate(torch.tensor([ids]), **_greedy(new_tokens))
     return out[0, len(ids) :].tolist()
 
@@ -39,10 +39,10 @@ def generate(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: i
 def answer(
     model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int, eos_ids: Sequence[int], **speculation: int | None
 ) -> list[int]:
-    """Greedy text of up to `new_tokens` tokens, the EOS that ends it included.
+    """Answers greedily with up to `new_tokens` tokens, the EOS that ends the text included.
 
     Args:
-      speculation: transformers' own, as `generate` calls its options; None for plain decoding.
+      speculation: options of transformers' `generate`; None for plain decoding.
     """
     tokens = torch.tensor([ids])
     ends = {"eos_token_id": list(eos_ids) or None, "pad_token_id": eos_ids[0] if eos_ids else 0}  # one that is set is not warned of
@@ -54,7 +54,7 @@ def answer(
 
 @torch.no_grad()
 def generate_with_gaps(model: transformers.LlamaForCausalLM, ids: list[int], new_tokens: int) -> tuple[list[int], list[float]]:
-    """`generate`, and how far the best logit of each step was above the second best."""
+    """Does what `generate` does, and also returns how far the best logit of each step was above the second best."""
     out = model.generate(torch.tensor([ids]), **_greedy(new_tokens), output_logits=True, return_dict_in_generate=True)
     best_two = torch.cat(out.logits).topk(2).values
     return out.sequences[0, len(ids) :].tolist(), (best_two[:, 0] - best_two[:, 1]).tolist()

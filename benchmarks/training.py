@@ -1,9 +1,9 @@
-"""How fast a branch is trained, from a cache and online, on the built-in model.
+"""Times the training of a branch, from a cache and online, on the built-in model.
 
     python benchmarks/training.py
     python benchmarks/training.py --modes=cached --chunks=64,256,512 --train_head --output=training.json
 
-Rows are filled with random tokens, which changes nothing about the speed. What is timed is the trainer's own: reading a batch (and its
+Rows are filled with random tokens, which does not change the speed. The trainer's own work is timed: reading a batch (and its
 features, memory-mapped), placing it, and the jitted step; not evaluations and checkpoints. Writing the cache is timed as well: a run does
 it once. Settings of one mode take turns, so that a drift of the machine's speed cancels; medians count.
 """
@@ -54,7 +54,7 @@ flags.DEFINE_string("output", None, "File to write the result to (JSON).")
 
 
 def write_random_rows(folder: str, model: LoadedModel, count: int, length: int) -> None:
-    """A dataset whose every example fills a row, and is a response from its second token on."""
+    """Writes a dataset whose every example fills a row, and is a response from its second token on."""
     rng = np.random.default_rng(0)
     provenance = {
         "model": FLAGS.model,
@@ -76,7 +76,7 @@ def write_random_rows(folder: str, model: LoadedModel, count: int, length: int) 
 
 
 def experiment(folder: str, mode: str, chunk: int) -> ExperimentConfig:
-    """What the flags ask for."""
+    """Makes the experiment that the flags ask for."""
     config = ExperimentConfig(model=FLAGS.model, output_dir=f"{folder}/{mode}", dtype=FLAGS.dtype, batch_size=FLAGS.batch_size)
     return dataclasses.replace(
         config,
@@ -96,7 +96,7 @@ class Setting:
         self.flops = run.token_flops
 
     def time(self, steps: int) -> float:
-        """Seconds of that many steps, and of reading what they read."""
+        """Times that many steps, reading their batches included."""
         began = time.perf_counter()
         for item in self._run.read_ahead(self._run.new_loader(), self._cache, steps):
             self._state, metrics = self._step(self._state, item)
@@ -105,7 +105,7 @@ class Setting:
 
 
 def measure(folder: str, mode: str, chunks: Sequence[int]) -> tuple[list[dict[str, Any]], dict[str, Any] | None]:
-    """A row a chunk size, and what writing the cache took, where there is one."""
+    """Times every chunk size, a row each; also the writing of the cache, where there is one."""
     settings, filling = [], None
     for chunk in chunks:
         config = experiment(folder, mode, chunk)

@@ -1,4 +1,4 @@
-"""What the parts of a round read and compute, counted from shapes: what measured times are held against."""
+"""Counts from shapes what the parts of a round read and compute, which measured times are compared with."""
 
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,25 +12,25 @@ from eesd_jax.model.exit_branch import ExitBranch
 
 
 class Work(NamedTuple):
-    """What a part does, once. bytes: of weights and of the valid part of caches. flops: of products and of attention."""
+    """The work of a part, once. bytes: of weights and of the valid part of caches. flops: of products and of attention."""
 
     bytes: int
     flops: int
 
     def least_seconds(self, bandwidth: float, flops: float = float("inf")) -> float:
-        """On a machine that moves so many bytes, and does so many operations, a second."""
+        """Computes the least seconds on a machine that moves so many bytes, and does so many operations, a second."""
         return max(self.bytes / bandwidth, self.flops / flops)
 
 
 def work_of_parts(
     config: ModelConfig, draft: DraftConfig, params: llama.Params, branch: ExitBranch, batch: int, context: int
 ) -> dict[Any, Work]:
-    """Of blocks 1..N on one token (`early`), the exit block with its head (`exit`), and verification (`verify`, width) of every width.
+    """Counts blocks 1..N on one token (`early`), the exit block with its head (`exit`), and verification (`verify`, width) of every width.
 
     Args:
       params, branch: arrays, or shapes of them (`jax.ShapeDtypeStruct`).
       batch: rows.
-      context: tokens of each that are in the caches.
+      context: tokens of each row that are in the caches.
     """
 
     def work(blocks: Sequence[llama.Params], rest: Any, matrices: Sequence[Any], caches: int, tokens: int) -> Work:
@@ -58,6 +58,6 @@ def work_of_parts(
 
 
 def least_round(works: dict[Any, Work], draft: DraftConfig, drafts: int, bandwidth: float, flops: float = float("inf")) -> float:
-    """Seconds of a round of so many drafts if each part took as little as it can."""
+    """Computes the seconds of a round of so many drafts if each part took as little as it can."""
     early, exits, last = (works[name].least_seconds(bandwidth, flops) for name in ("early", "exit", ("verify", draft.width_of(drafts))))
     return (drafts + 1) * early + drafts * exits + last
