@@ -9,10 +9,9 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import platformdirs
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
 
 from eesd_jax.errors import UserError
 from eesd_jax.weights.safetensors import INDEX_NAME, NUMBERED, candidates
@@ -92,6 +91,8 @@ def fetch_repository(name: str, kind: str, expected: str, patterns: Sequence[str
     Raises:
       UserError: it is unknown, gated, or cannot be fetched.
     """
+    from huggingface_hub.errors import GatedRepoError, HFValidationError, RepositoryNotFoundError
+
     try:
         return pathlib.Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=_HUB_IGNORED))
     except GatedRepoError:
@@ -103,6 +104,13 @@ def fetch_repository(name: str, kind: str, expected: str, patterns: Sequence[str
     except Exception as error:  # whatever the HTTP client below raises; all of it means that nothing was fetched
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{kind} {name!r} is not on this machine and could not be fetched from the hub ({reason}); {expected}") from None
+
+
+def snapshot_download(*args: Any, **kwargs: Any) -> str:
+    """As in `huggingface_hub`, which is imported when something is fetched: it takes as long as a part of JAX."""
+    import huggingface_hub
+
+    return huggingface_hub.snapshot_download(*args, **kwargs)
 
 
 def fetch_demo() -> pathlib.Path:

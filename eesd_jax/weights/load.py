@@ -9,14 +9,13 @@ import math
 import pathlib
 import sys
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from transformers import PreTrainedTokenizerBase
 
 from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
@@ -27,8 +26,11 @@ from eesd_jax.kernels.cpu.integers import Integers
 from eesd_jax.model import llama, quantized, sharding
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.quantized import Quantized
-from eesd_jax.weights import gguf, hub, safetensors, tiny, tokenizer
+from eesd_jax.weights import end_tokens, gguf, hub, safetensors, tiny, tokenizer
 from eesd_jax.weights import quantize as quantizing
+
+if TYPE_CHECKING:  # it takes as long as JAX to import, and nothing needs it before a model is loaded
+    from transformers import PreTrainedTokenizerBase
 
 # Our name -> Hugging Face name. Every tensor is stored with just our shape.
 _TOP_NAMES = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
@@ -78,7 +80,7 @@ class ModelText(NamedTuple):
     """
 
     config: ModelConfig
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]
 
 
@@ -92,7 +94,7 @@ class LoadedModel(NamedTuple):
 
     config: ModelConfig
     params: llama.Params
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: "PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]
     codes: dict[str, Any] | None = None
     quantize: str = NOT_QUANTIZED
@@ -147,11 +149,9 @@ def _open(name: str) -> tuple[ModelText, TensorSource]:
         config = ModelConfig.from_hf(hf_config, str(path))
         source = safetensors.SafetensorsSource(path)
         text, eos_ids = tokenizer.from_folder(path), _folder_eos_ids(path, hf_config)
-    if text.eos_token_id is not None:
-        eos_ids = [*eos_ids, text.eos_token_id]
     _check_layers(config, source)
     # A tokenizer may have more tokens than the model (a pad token that training added): their use is refused, where text is encoded.
-    return ModelText(config, text, tuple(sorted({token for token in eos_ids if 0 <= token < config.vocab_size}))), source
+    return ModelText(config, text, end_tokens.end_ids(text, eos_ids, config.vocab_size)), source
 
 
 def _check_layers(config: ModelConfig, source: TensorSource) -> None:

@@ -4,12 +4,15 @@ It says nothing, but goes through everything: for trying commands, configuration
 """
 
 import zlib
+from typing import TYPE_CHECKING
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer, decoders, models
-from transformers import PreTrainedTokenizerFast
 
 from eesd_jax.model.config import ModelConfig
+
+if TYPE_CHECKING:  # it takes as long as JAX to import, and nothing needs it before a model is loaded
+    from transformers import PreTrainedTokenizerFast
 
 TINY_NAME = "tiny"
 _SPECIAL = ("<|end|>", "<|user|>", "<|assistant|>")
@@ -58,8 +61,10 @@ class RandomSource:
         return values * np.float32(shape[1] ** -0.5)
 
 
-def tokenizer() -> PreTrainedTokenizerFast:
+def tokenizer() -> "PreTrainedTokenizerFast":
     """A token a character (others become `?`), and three special ones; chat template included."""
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: i for i, token in enumerate((*_SPECIAL, *_CHARACTERS))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="?"))
     tokenizer.decoder = decoders.Fuse()

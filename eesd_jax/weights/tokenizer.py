@@ -7,15 +7,18 @@ fallback (`llama`: Llama 1/2, Mistral, TinyLlama; see `sentencepiece.py`).
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from eesd_jax.errors import UserError
 from eesd_jax.weights import sentencepiece, tokenizer_files
+from eesd_jax.weights.end_tokens import NAMES
 from eesd_jax.weights.gguf import GGUFSource
 from eesd_jax.weights.sentencepiece import Kind, Pieces, Prefix
+
+if TYPE_CHECKING:  # it takes as long as JAX to import, and nothing needs it before a model is loaded
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -46,17 +49,19 @@ _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
 _SENTENCEPIECE_IDS = {"unknown": 0, "bos": 1, "eos": 2}
 
 
-def from_folder(folder: pathlib.Path) -> PreTrainedTokenizerBase:
+def from_folder(folder: pathlib.Path) -> "PreTrainedTokenizerBase":
     """The tokenizer of a Hugging Face folder; UserError where it has none that can be read."""
     return tokenizer_files.load(folder)
 
 
-def from_gguf(source: GGUFSource) -> PreTrainedTokenizerFast:
+def from_gguf(source: GGUFSource) -> "PreTrainedTokenizerFast":
     """Builds the tokenizer from a GGUF file's fields: vocabulary, merges or scores, special tokens, chat template.
 
     Raises:
       UserError: a field missing or of another kind, or a tokenizer model or pre-tokenizer that is not supported.
     """
+    from transformers import PreTrainedTokenizerFast
+
     fields = _Fields(source)
     vocabulary = [token or f"[EMPTY_{i}]" for i, token in enumerate(fields.list_of(str, "tokens"))]  # as llama.cpp calls them
     sentencepiece.check_vocabulary(vocabulary, source.description)
@@ -129,6 +134,12 @@ class _Fields:
             found = default
         return found if found is not None and found < count else None
 
+    def types(self, vocabulary: list[str]) -> list[int]:
+        """The kind of each token."""
+        stated = self.list_of(int, "token_type", len(vocabulary), default=[Kind.NORMAL] * len(vocabulary))
+        # Some files call the end of a turn normal or the user's; a chat's text would then be cut through it. llama.cpp mends it, too.
+        return [Kind.CONTROL if token in NAMES else type_ for token, type_ in zip(vocabulary, stated, strict=True)]
+
     def chat_template(self) -> str | None:
         template = self.source.field("tokenizer.chat_template")
         if not isinstance(template, str | None):
@@ -150,7 +161,7 @@ def _byte_level_bpe(fields: _Fields, vocabulary: list[str]) -> tuple[Tokenizer, 
             raise UserError(
                 f"{source.description}: merge {' '.join(merge)!r:.80} in tokenizer.ggml.merges; expected two tokens that make a third"
             )
-    types = fields.list_of(int, "token_type", len(vocabulary), default=[Kind.NORMAL] * len(vocabulary))
+    types = fields.types(vocabulary)
     is_llama3 = pre == "llama-bpe"
     core = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=is_llama3))
     if "qwen" in pre:
@@ -167,7 +178,7 @@ def _sentencepiece_bpe(fields: _Fields, vocabulary: list[str]) -> Tokenizer:
     pieces = Pieces(
         tokens=vocabulary,
         scores=fields.list_of(float, "scores", len(vocabulary)),
-        kinds=fields.list_of(int, "token_type", len(vocabulary), default=[Kind.NORMAL] * len(vocabulary)),
+        kinds=fields.types(vocabulary),
         unknown=fields.token_id("unknown", len(vocabulary)),
         prefix=Prefix.ALWAYS if fields.get("add_space_prefix", bool, True) else Prefix.NEVER,
     )

@@ -8,21 +8,23 @@ rebuild it by the model's type, with other tokens for some texts). A folder with
 
 import pathlib
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Tokenizer, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from eesd_jax.errors import UserError
 from eesd_jax.weights import safetensors, sentencepiece
 from eesd_jax.weights.sentencepiece import Kind, Prefix
 
+if TYPE_CHECKING:  # it takes as long as JAX to import, and nothing needs it before a model is loaded
+    from transformers import PreTrainedTokenizerFast
+
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "eot_token", "eom_token")
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
-def load(folder: pathlib.Path) -> PreTrainedTokenizerFast:
+def load(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
     """Loads the tokenizer of a folder.
 
     Raises:
@@ -38,6 +40,8 @@ def load(folder: pathlib.Path) -> PreTrainedTokenizerFast:
         elif present[0] == "tokenizer.model":
             core = _from_sentencepiece(folder / "tokenizer.model", settings)
         else:
+            from transformers import AutoTokenizer
+
             core = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
         core.no_truncation()  # some files were saved with what they were trained with
         core.no_padding()
@@ -154,7 +158,9 @@ def _as_it_is(token: AddedToken) -> AddedToken:
     return AddedToken(token.content, **{name: getattr(token, name) for name in _FLAGS} | {"normalized": False})
 
 
-def _complete(core: Tokenizer, settings: _Settings) -> PreTrainedTokenizerFast:
+def _complete(core: Tokenizer, settings: _Settings) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     known = core.get_added_tokens_decoder()
     for id_, token in settings.added.items():
         found = core.token_to_id(token.content)

@@ -256,3 +256,59 @@ def test_after_a_stop_nothing_more_is_taken():
     assert result.push(ids_of("more")) == ""
     assert result.close() == ""
     assert (result.text, result.num_tokens) == ("a ", 6)
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_text_there():
+    for ids in ([*ids_of("ab"), BYTES.eos_token_id, *ids_of("cd")], ids_of(f"ab{END}cd")):  # as a token, and letter by letter
+        pieces, result = stream(BYTES, ids, (END,))
+        assert ("".join(pieces), result.text, result.stopped) == ("ab", "ab", True)
+        assert result.num_tokens == len(ids) - 2
+
+
+def test_stop_strings_of_special_tokens_and_text_together():
+    end = BYTES.eos_token_id
+    for stop, expected in ((f"\n{END}", "ab"), (f"{END}\nuser", "ab\n"), (f"b\n{END}\n", "a"), (f"{END}{END}", None), (f"x{END}", None)):
+        pieces, result = stream(BYTES, [*ids_of("ab\n"), end, *ids_of("\nuser"), end, *ids_of("c")], (stop,))
+        assert result.text == "".join(pieces) == ("ab\n\nuserc" if expected is None else expected)
+        assert result.stopped == (expected is not None)
+        assert all(result.text.startswith("".join(pieces[:shown])) for shown in range(len(pieces)))
+
+
+def test_names_of_hidden_tokens_do_not_change_what_other_stop_strings_find():
+    end = BYTES.eos_token_id
+    ids = [*ids_of("a"), end, *ids_of("b <|en"), end, *ids_of("c")]
+    for stop, text in ((("ab",), ""), (("<|",), "ab "), (("end",), "ab <|enc"), (("|>",), "ab <|enc"), (("<|enc",), "ab ")):
+        assert stream(BYTES, ids, stop)[1].text == text
+    # Of both kinds, the one complete first.
+    for stop, text in (((END, "b"), "a"), ((f"b <|en{END}", "en"), "ab <|"), ((f"b <|en{END}", "enc"), "a")):
+        assert stream(BYTES, ids, stop)[1].text == text
+
+
+def test_a_token_that_ends_a_text_is_not_shown_whatever_it_is():
+    a = ids_of("a")[0]
+    for end in (a, BYTES.eos_token_id, *ids_of("\n")):
+        ids = [*ids_of("bc"), end]
+        result = TextStream(BYTES, (), (end,))
+        assert "".join([*(result.push([token]) for token in ids), result.close()]) == "bc"
+        assert result.num_tokens == 3
+    # Its name is a stop string like any other.
+    result = TextStream(BYTES, ("ca",), (a,))
+    assert (result.push([*ids_of("bc"), a]), result.stopped, result.num_tokens) == ("b", True, 3)
+    # Ids that no tokenizer has leave no text.
+    result = TextStream(BYTES, (), (-1, len(BYTES) + 9, 2**40))
+    assert result.push([*ids_of("b"), len(BYTES) + 9]) + result.close() == "b"
+
+
+def test_special_tokens_as_stop_strings_in_any_text():
+    rng = random.Random(6)
+    for text in random_texts(300, seed=7):
+        # With a whole special token in each: without one they are of the shown text, which has none.
+        parts = [part for piece in text.split(END) for part in (*piece, END)]
+        at = [i for i, part in enumerate(parts) if part == END]
+        stop = tuple("".join(parts[max(0, i - rng.randint(0, 3)) : i + rng.randint(1, 4)]) for i in rng.choices(at, k=2))
+        ids = BYTES(text).input_ids
+        expected = cut(text, stop)
+        for step in (1, 3):
+            pieces, result = stream(BYTES, ids, stop, step)
+            assert result.stopped == (expected is not None)
+            assert "".join(pieces) == result.text == (text if expected is None else expected).replace(END, "")

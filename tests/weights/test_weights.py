@@ -72,7 +72,7 @@ def test_gguf_equals_folder(tmp_path, family):
     from_gguf = load(tiny.write_gguf(tmp_path / "model.gguf", hf))
     assert from_gguf.config == from_folder.config
     assert_equal(from_gguf.params, from_folder.params)
-    assert from_gguf.eos_ids == from_folder.eos_ids == (tiny.tokenizer().eos_token_id,)
+    assert from_gguf.eos_ids == from_folder.eos_ids == (0, tiny.tokenizer().eos_token_id)
     np.testing.assert_array_equal(logits(*from_gguf[:2]), logits(*from_folder[:2]))
 
 
@@ -176,12 +176,12 @@ def test_linear_scaling_as_the_first_gguf_files_spell_it(tmp_path):
 def test_end_tokens_come_from_every_file_that_names_some(tmp_path):
     folder = tiny.write_folder(tmp_path / "folder", tiny.hf_config(eos_token_id=5), with_tokenizer=True)
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
-    assert load(folder).eos_ids == (tiny.tokenizer().eos_token_id, 5, 7)
+    assert load(folder).eos_ids == (0, tiny.tokenizer().eos_token_id, 5, 7)
     ids = {"eos": 4, "eot": 6, "eom": 2**32 - 1}  # as files spell "none"
     file = tiny.write_gguf(
         tmp_path / "model.gguf", tiny.hf_config(), fields={f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items()}
     )
-    assert load(file).eos_ids == (4, 6)
+    assert load(file).eos_ids == (0, 2, 4, 6)
 
 
 @pytest.mark.parametrize("kind", ["folder", "gguf"])
