@@ -5,9 +5,11 @@ The shape of a model is in `model/config.py`.
 
 import dataclasses
 import math
+import numbers
+from collections.abc import Callable
 from typing import Any
 
-from eesd_jax.errors import UserError
+from eesd_jax.errors import UserError, integer, shown
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,14 +25,15 @@ class SamplingConfig:
     min_p: float = 0.0
 
     def __post_init__(self):
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise UserError(f"temperature is {self.temperature}; expected a finite number >= 0 (0 is greedy)")
-        if self.top_k < 0:
-            raise UserError(f"top_k is {self.top_k}; expected an integer >= 0 (0 switches it off)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}; expected a number in (0, 1] (1 switches it off)")
-        if not 0 <= self.min_p < 1:
-            raise UserError(f"min_p is {self.min_p}; expected a number in [0, 1) (0 switches it off)")
+        self._check("temperature", "a finite number >= 0 (0 is greedy)", lambda value: math.isfinite(value) and value >= 0)
+        integer(self.top_k, "top_k", "an integer >= 0 (0 switches it off)", least=0)
+        self._check("top_p", "a number in (0, 1] (1 switches it off)", lambda value: 0 < value <= 1)
+        self._check("min_p", "a number in [0, 1) (0 switches it off)", lambda value: 0 <= value < 1)
+
+    def _check(self, name: str, expected: str, allowed: Callable[[Any], bool]) -> None:
+        value = getattr(self, name)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not allowed(value):
+            raise UserError(f"{name} is {shown(value) if isinstance(value, str) else value}; expected {expected}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,10 +79,8 @@ class DraftConfig:
     candidates: int = 1
 
     def __post_init__(self):
-        if self.max_draft < 1:
-            raise UserError(f"max_draft is {self.max_draft}; expected an integer >= 1")
-        if self.candidates < 1:
-            raise UserError(f"candidates is {self.candidates}; expected an integer >= 1")
+        for name in ("max_draft", "candidates"):
+            integer(getattr(self, name), name, "an integer >= 1", least=1)
 
     @property
     def others(self) -> int:
@@ -130,6 +131,18 @@ class DecodeConfig:
     # Steps between two looks of the host: while streaming or watching for stop strings, and otherwise (so that Ctrl-C is noticed).
     stream_chunk: int = 8
     chunk: int = 64
+
+    def __post_init__(self):
+        integer(self.seed, "seed")
+        for name in ("max_new_tokens", "batch_size", "min_capacity", "stream_chunk", "chunk"):
+            integer(getattr(self, name), name, "an integer >= 1", least=1)
+        expected, given = "integers >= 1 that grow, as in (64, 128)", self.prompt_buckets
+        if not isinstance(given, list | tuple):
+            raise UserError(f"prompt_buckets is {shown(given)}; expected {expected}")
+        sizes = tuple(integer(size, f"prompt_buckets is {shown(given)}: one", expected, least=1) for size in given)
+        if not sizes or list(sizes) != sorted(set(sizes)):
+            raise UserError(f"prompt_buckets is {shown(given)}; expected {expected}")
+        object.__setattr__(self, "prompt_buckets", sizes)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -49,15 +49,17 @@ def parse_controller(name: str, max_draft: int) -> ControllerSpec:
     raise unknown
 
 
-def parse_arms(names: Sequence[str]) -> tuple[str, ...]:
-    """Checks the sources of drafts.
+def parse_arms(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Checks the sources of drafts; a text names one, or several with commas between them.
 
     Raises:
       UserError: none, or one that there is not.
     """
-    unknown = [name for name in names if name not in ARMS]
-    if unknown or not names:
-        raise UserError(f"arms are {','.join(names)!r}; expected one or more of {', '.join(ARMS)}")
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",")]
+    if not isinstance(names, list | tuple | set) or not names or any(name not in ARMS for name in names):
+        given = ",".join(map(str, names)) if isinstance(names, list | tuple | set) else names
+        raise UserError(f"arms are {given!r}; expected one or more of {', '.join(ARMS)}")
     return tuple(arm for arm in ARMS if arm in names)
 
 

@@ -7,10 +7,12 @@ for piece in lm.stream("Tell me a story."): print(piece, end="", flush=True)
 
 import dataclasses
 import functools
+import hashlib
 import math
+import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -33,12 +35,13 @@ from eesd_jax.decode import round as speculative
 from eesd_jax.decode.controllers import Calibration, Controller, as_argument
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
-from eesd_jax.engine import timing
+from eesd_jax.engine import checks, timing
 from eesd_jax.engine.drafter import Drafter, read_drafter
+from eesd_jax.engine.encoding import Encoder
 from eesd_jax.engine.generation import Generation, Rounds
 from eesd_jax.engine.prefill import Prefilled, bucket_shapes, one_by_one, padded_length, worth_one_by_one
 from eesd_jax.engine.streaming import TextStream
-from eesd_jax.errors import UserError
+from eesd_jax.errors import UserError, integer, shown
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import llama, sharding
 from eesd_jax.model.config import ModelConfig
@@ -92,16 +95,16 @@ class _Row:
 
 
 def load(
-    model: str = hub.DEMO_NAME,
+    model: str | os.PathLike[str] = hub.DEMO_NAME,
     *,
-    dtype: str | None = None,
+    dtype: Any = None,
     mesh: Mesh | None = None,
     decode_config: DecodeConfig = DecodeConfig(),
-    exit_branch: str = "auto",
+    exit_branch: str | os.PathLike[str] | None = "auto",
     max_draft: int = DraftConfig.max_draft,
     candidates: int = DraftConfig.candidates,
-    arms: Sequence[str] = ARMS,
-    ngrams: str = "auto",
+    arms: str | Sequence[str] = ARMS,
+    ngrams: str | os.PathLike[str] | None = "auto",
     quantize: str = NOT_QUANTIZED,
 ) -> "Engine":
     """Loads a model and its exit branch, ready to generate.
@@ -111,27 +114,33 @@ def load(
       dtype: "float32" or "bfloat16"; by default float32 on CPU and bfloat16 elsewhere.
       mesh: a `data` x `fsdp` x `tensor` mesh to place the weights on; by default one device.
       decode_config: defaults of generation and its buckets.
-      exit_branch: a folder, a hub id, or the name of a model for which this package carries one; `none`; or `auto`: the branch that this
-        package carries for `model`, and none for models for which it carries none (which is warned of). Where lookup drafts and weights
-        are multiplied as the codes of their file, on a CPU, `auto` leaves the branch out: rounds wait for arithmetic there, and what the
-        branch adds to lookup is less than what it costs.
+      exit_branch: a folder, a hub id, or the name of a model for which this package carries one; `none` (or None); or `auto`: the branch
+        that this package carries for `model`, and none for models for which it carries none (which is warned of). Where lookup drafts and
+        weights are multiplied as the codes of their file, on a CPU, `auto` leaves the branch out: rounds wait for arithmetic there, and
+        what the branch adds to lookup is less than what it costs.
       max_draft: the most tokens that a round may draft, at least 1.
       candidates: of the branch for each of them, at least 1; all but the first are there in case that it is rejected. They make a round
         dearer, so this pays where a pass over more tokens costs little more, as on a GPU.
-      arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none.
-      ngrams: the file of n-grams that lookup goes on with where the text has nothing (train/ngrams.py); `none`; or `auto`: the one that
-        this package carries for the model, if there is one.
+      arms: what drafts: `exit`, the branch, and `lookup` in the text so far, which needs none; a text names one, or several as in
+        "exit,lookup".
+      ngrams: the file of n-grams that lookup goes on with where the text has nothing (train/ngrams.py); `none` (or None); or `auto`: the
+        one that this package carries for the model, if there is one.
       quantize: int8 or int4: the matrices of the target in so many bits (`model/quantized.py`). That is another model: what is generated,
         speculatively or not, is the quantised model's text. `none`: as in the file.
 
     Raises:
-      UserError: the model or the branch cannot be found or used; the message says why.
+      UserError: the model or the branch cannot be found or used, or an argument is of no use; the message says why.
     """
     use_compilation_cache()
     check_quantize(quantize)
-    if dtype not in (None, "float32", "bfloat16"):
-        raise UserError(f"dtype is {dtype!r}; expected float32 or bfloat16")
-    dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    checks.check_mesh(mesh)
+    if not isinstance(decode_config, DecodeConfig):
+        raise UserError(f"decode_config is {shown(decode_config)}; expected a DecodeConfig, as in DecodeConfig(max_new_tokens=64)")
+    dtype = checks.dtype_name(dtype)
+    model = checks.name_or_path(model, "model")
+    exit_branch, ngrams = (
+        checks.name_or_path("none" if name is None else name, what) for name, what in ((exit_branch, "exit_branch"), (ngrams, "ngrams"))
+    )
     arms = control.parse_arms(arms)
     longest_match = LONGEST_MATCH if "lookup" in arms else 0
     draft = DraftConfig(0, max_draft, longest_match=longest_match, candidates=candidates)
@@ -184,62 +193,69 @@ class Engine:
         self.model = model
         self.decode_config = decode_config
         self.drafter = drafter
+        self._encoder = Encoder(model)
         self.params = llama.with_codes(model.params, model.codes)
         self.branch = drafter.branch if drafter else None
+        checks.check_same_devices(self.params, self.branch)
         self.ngrams = None if drafter is None or drafter.ngrams is None else self._place_everywhere(drafter.ngrams)
         if self.branch is not None and self.branch.head.dtype == jnp.float32 and not self._on_mesh and calls.possible():
             self.branch = with_codes(self.branch)
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self.model.tokenizer.chat_template)
+        return self._encoder.has_chat_template
 
-    def encode(self, prompt: Prompt, *, chat: bool | None = None) -> list[int]:
+    def encode(self, prompt: Prompt, *, chat: bool | None = None, split_special_tokens: bool | None = None) -> list[int]:
         """Token ids of a prompt: through the chat template (messages, or a text as one user message) or as plain text.
 
         Args:
           prompt: a text, or messages with `role` and `content`.
           chat: whether a text goes through the chat template; by default if the model has one.
+          split_special_tokens: whether names of control tokens (`<|im_end|>`) in the prompt are text like any other, so that nobody can
+            end or begin a turn by typing them. By default in chats, where only the template writes control tokens; in a plain text they
+            are what they say.
 
         Raises:
           UserError: messages or chat=True without a template, messages that the template refuses, an empty prompt, or one
             longer than the context.
         """
-        tokenizer, context = self.model.tokenizer, self.model.config.context_length
-        chat = self.has_chat_template if chat is None else chat
-        if chat or not isinstance(prompt, str):
-            if not self.has_chat_template:
-                raise UserError("this model has no chat template; expected a plain text prompt (chat off)")
-            messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-            try:
-                text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            except Exception as error:  # templates raise whatever jinja2 or their author chose
-                raise UserError(f"the model's chat template refuses these messages: {error}") from None
-            ids = tokenizer(text, add_special_tokens=False).input_ids
-        else:
-            ids = tokenizer(prompt).input_ids
-        if not ids:
-            raise UserError(f"prompt {prompt!r} has no tokens; expected some text")
-        if len(ids) >= context:
-            raise UserError(f"prompt has {len(ids)} tokens; the model's context is {context}, of which at least one must be left")
-        return ids
+        return self._encoder.encode(prompt, chat, split_special_tokens, "prompt")
 
-    def generate(self, prompt: Prompt, *, seed: int | None = None, chat: bool | None = None, **options) -> Generation:
-        """Generates one text; see `generate_ids` for the options."""
-        seed = self.decode_config.seed if seed is None else seed
-        return self.generate_ids([self.encode(prompt, chat=chat)], seeds=[seed], **options)[0]
+    def generate(self, prompt: Prompt, *, seed: int | None = None, **options) -> Generation:
+        """Generates one text; see `generate_ids` for the options, and `encode` for `chat` and `split_special_tokens`."""
+        encode = self._take_encoding(options)
+        return self.generate_ids([encode(prompt, what="prompt")], seeds=[self._seed(seed)], **options)[0]
 
-    def generate_batch(
-        self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None, chat: bool | None = None, **options
-    ) -> list[Generation]:
-        """Generates one text a prompt, all in one batch; row i draws with `seeds[i]`, by default the configured seed + i."""
-        seeds = [self.decode_config.seed + i for i in range(len(prompts))] if seeds is None else seeds
-        return self.generate_ids([self.encode(prompt, chat=chat) for prompt in prompts], seeds=seeds, **options)
+    def generate_batch(self, prompts: Sequence[Prompt], *, seeds: Sequence[int] | None = None, **options) -> list[Generation]:
+        """Generates one text a prompt, all in one batch; row i draws with `seeds[i]`, by default the configured seed + i.
 
-    def stream(self, prompt: Prompt, *, seed: int | None = None, chat: bool | None = None, **options) -> Iterator[str]:
-        """Generates one text and yields it in pieces that never split a character; the generator's return value is the `Generation`."""
-        seed = self.decode_config.seed if seed is None else seed
-        run = self._run([self.encode(prompt, chat=chat)], [seed], chunk=self.decode_config.stream_chunk, **options)
+        One text, or one list of messages, is one prompt. Other options are those of `generate`.
+        """
+        encode = self._take_encoding(options)
+        if isinstance(prompts, str) or checks.is_conversation(prompts):
+            prompts = [prompts]
+        prompts = checks.items(prompts, "prompts", "texts, or lists of messages")
+        seeds = range(self.decode_config.seed, self.decode_config.seed + len(prompts)) if seeds is None else seeds
+        return self.generate_ids([encode(prompt, what=f"prompts[{i}]") for i, prompt in enumerate(prompts)], seeds=seeds, **options)
+
+    def stream(self, prompt: Prompt, *, seed: int | None = None, **options) -> Iterator[str]:
+        """Generates one text and yields it in pieces that never split a character; the generator's return value is the `Generation`.
+
+        Options are those of `generate`. What is wrong with the arguments is raised here, not when the first piece is asked for.
+        """
+        encode = self._take_encoding(options)
+        checked = checks.options(options, self.decode_config)
+        return self._stream([encode(prompt, what="prompt")], [self._seed(seed)], self._ready(1, checked))
+
+    def _seed(self, seed: int | None) -> int:
+        return self.decode_config.seed if seed is None else integer(seed, "seed")
+
+    def _take_encoding(self, given: dict[str, Any]) -> Callable[..., list[int]]:
+        """Takes out of the keywords of a call those that are about encoding, and returns what encodes by them."""
+        return functools.partial(self._encoder.encode, **{name: given.pop(name, None) for name in checks.ENCODING})
+
+    def _stream(self, prompts: list[list[int]], seeds: list[int], options: checks.Options) -> Iterator[str]:
+        run = self._run(prompts, seeds, options, self.decode_config.stream_chunk)
         while True:
             try:
                 piece = next(run)[0]
@@ -248,60 +264,57 @@ class Engine:
             if piece:
                 yield piece
 
-    def generate_ids(
-        self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], stop: Sequence[str] = (), **options
-    ) -> list[Generation]:
+    def generate_ids(self, prompts: Sequence[Sequence[int]], *, seeds: Sequence[int], **options) -> list[Generation]:
         """Generates from token ids, all prompts in one batch.
 
         Args:
           prompts: token ids of each row.
-          seeds: one a row; what a row draws depends on its seed and its prompt, not on its batch.
-          stop: strings that end a text; they are cut off.
+          seeds: one a row, any integers; what a row draws depends on its seed and its prompt, not on its batch.
+          stop: texts that end an answer; they are cut off. A text is one of them.
           sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
+          temperature, top_k, top_p, min_p: fields of `sampling`, one by one.
           max_new_tokens (int): budget of each row, by default the configured one.
           batch_size (int): rows of the compiled program; empty rows are added up to it, and to a multiple of the mesh's data axis.
           controller (Controller, or its name; see `controller`): how many tokens to draft; None for plain decoding; by default
             `auto`, which is `cost_aware` where something drafts, else plain.
+
+        Raises:
+          UserError: an argument that cannot be used, named with its place and value; nothing was computed then.
         """
+        checked = checks.options(options, self.decode_config)
+        rows = checks.rows(prompts, self.model.config)
+        seeds = checks.seeds(seeds, len(rows))
+        if not rows:
+            return []
         # Stop strings are text, which only the host can see: it looks every few tokens. Without them it need only notice Ctrl-C.
-        chunk = self.decode_config.stream_chunk if stop else self.decode_config.chunk
-        run = self._run(prompts, seeds, chunk=chunk, stop=stop, **options)
+        chunk = self.decode_config.stream_chunk if checked.stop else self.decode_config.chunk
+        run = self._run(rows, seeds, self._ready(len(rows), checked), chunk)
         while True:
             try:
                 next(run)
             except StopIteration as end:
                 return end.value
 
-    def _run(
-        self,
-        prompts: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        *,
-        chunk: int,
-        stop: Sequence[str] = (),
-        sampling: SamplingConfig = SamplingConfig(),
-        max_new_tokens: int | None = None,
-        batch_size: int | None = None,
-        controller: Controller | str | None = control.AUTO,
-    ) -> Iterator[list[str]]:
-        """Yields each row's new text after every call of the loop, and returns the generations."""
-        batch = math.ceil(max(batch_size or 1, len(prompts)) / self._row_shares) * self._row_shares
+    def _ready(self, rows: int, options: checks.Options) -> checks.Options:
+        """Options for so many rows, with the batch that will be run and the controller itself in place of its name."""
+        batch = math.ceil(max(options.batch_size, rows) / self._row_shares) * self._row_shares
+        controller = options.controller
         if isinstance(controller, str):
             controller = self.controller(controller, batch=batch)
-        started = time.perf_counter()
-        budget = self.decode_config.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if budget < 1:
-            raise UserError(f"max_new_tokens is {budget}; expected an integer >= 1")
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts; expected one each")
         if controller is not None and self.drafter is None:
-            raise UserError(f"controller {controller} needs an exit branch, and none is loaded")
-        state = self.prefill(prompts, seeds, batch, budget, controller)
-        rows = [_Row(TextStream(self.model.tokenizer, stop), len(prompt)) for prompt in prompts]
+            raise UserError(f"controller {shown(controller)} needs an exit branch or lookup, and there is neither; expected None")
+        return dataclasses.replace(options, batch_size=batch, controller=controller)
+
+    def _run(self, prompts: list[list[int]], seeds: list[int], options: checks.Options, chunk: int) -> Iterator[list[str]]:
+        """Yields each row's new text after every call of the loop, and returns the generations; options as from `_ready`."""
+        batch, controller = options.batch_size, options.controller
+        started = time.perf_counter()
+        state = self.prefill(prompts, seeds, batch, options.max_new_tokens, controller)
+        rows = [_Row(TextStream(self.model.tokenizer, options.stop, self.model.eos_ids), len(prompt)) for prompt in prompts]
         first_token_seconds = 0.0
         steps = 1  # the first token alone, so that its time is seen
         while any(row.finish == RUNNING for row in rows):
-            state = self.decode(state, sampling, controller, steps)
+            state = self.decode(state, options.sampling, controller, steps)
             tokens, length, finish = self._fetch((state.tokens, state.length, state.finish))
             elapsed = time.perf_counter() - started
             first_token_seconds = first_token_seconds or elapsed
@@ -348,6 +361,7 @@ class Engine:
     ) -> DecodeState:
         """Pads the prompts to their bucket, adds empty rows up to `batch`, and runs them through the model."""
         options, config = self.decode_config, self.model.config
+        prompts, budget = checks.rows(prompts, config), checks.positive(budget, "max_new_tokens")
         if batch % self._row_shares:
             raise UserError(f"a batch of {batch} rows over a mesh whose data axis is {self._row_shares}; expected a multiple of it")
         empty_rows = batch - len(prompts)
@@ -361,7 +375,7 @@ class Engine:
         tokens = np.zeros((batch, padded), np.int32)
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
-        numbers = np.array([seed % 2**32 for seed in seeds] + [0] * empty_rows, np.uint32)
+        numbers = np.array([_to_32_bits(seed) for seed in checks.seeds(seeds, len(prompts))] + [0] * empty_rows, np.uint32)
 
         def run(rows: slice, padded: int) -> Prefilled:
             keys = _row_keys(self._place_rows(numbers[rows]))
@@ -443,12 +457,20 @@ def _as_they_are(tree: Any) -> Any:
     return tree
 
 
+def _to_32_bits(seed: int) -> int:
+    """What a key is made of. Larger and negative seeds are hashed: cut off, two that differ by 2 ** 32 would draw the same."""
+    return seed if 0 <= seed < 2**32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")
+
+
 @functools.cache
 def _sampling_arrays(config: SamplingConfig, batch: int, home: NamedSharding | None) -> Sampling:
+    # As the programs hold them: what is below the least float32 would be neither greedy nor a number to divide by.
+    least, most = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    temperature = min(float(config.temperature), most) if config.temperature >= least else 0.0
     return Sampling(
-        temperature=jnp.full(batch, config.temperature, jnp.float32, device=home),
-        top_k=jnp.full(batch, config.top_k, jnp.int32, device=home),
-        top_p=jnp.full(batch, config.top_p, jnp.float32, device=home),
+        temperature=jnp.full(batch, temperature, jnp.float32, device=home),
+        top_k=jnp.full(batch, min(config.top_k, np.iinfo(np.int32).max), jnp.int32, device=home),
+        top_p=jnp.full(batch, max(float(config.top_p), least), jnp.float32, device=home),
         min_p=jnp.full(batch, config.min_p, jnp.float32, device=home),
     )
 

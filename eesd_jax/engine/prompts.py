@@ -64,7 +64,12 @@ def _read_remote(path: str) -> str:
 
 def is_text(value: Any) -> bool:
     """Whether a value can be a prompt: a string that is not blank, and of whole characters (JSON and argv can carry half ones)."""
-    return isinstance(value, str) and bool(value.strip()) and not any("\ud800" <= character <= "\udfff" for character in value)
+    return isinstance(value, str) and bool(value.strip()) and is_unicode(value)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text is of whole characters."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parse(line: str, number: int, path: pathlib.Path) -> Conversation:
