@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from eesd_jax.engine.engine import Engine, load
     from eesd_jax.engine.generation import Generation
 
+__version__ = "0.1.0"
 __all__ = ["DecodeConfig", "Engine", "Generation", "ModelConfig", "SamplingConfig", "UserError", "load"]
 
 # Loaded when first asked for: JAX and transformers take seconds, which a command with a mistake in its flags should not.

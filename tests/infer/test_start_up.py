@@ -31,6 +31,13 @@ def test_flags_are_checked_before_anything_slow_is_imported(argument):
     assert result.stderr.splitlines()[-1] == "slow:"
 
 
+def test_the_library_imports_nothing_slow_that_it_does_not_need_yet():
+    """Neither transformers nor huggingface_hub, which take as long as JAX: a model is to be loaded first."""
+    program = "import sys, eesd_jax.engine.engine; print(*({'transformers', 'huggingface_hub', 'optax', 'torch'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (result.stdout.strip(), result.stderr) == ("", "")
+
+
 WITHOUT_EXTRAS = """
 import runpy, sys
 
