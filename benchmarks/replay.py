@@ -88,7 +88,7 @@ def texts_of(rows: Sequence[tuple[str, Sequence[int], Sequence[int]]], budget: i
 
 @functools.partial(jax.jit, static_argnums=0)
 def play(arms: Arms | None, texts: Texts, cost_L: jax.Array, entries: jax.Array | None) -> Played:
-    """Plays the rounds of all answers side by side until the last one ends; `controller` is None for the clairvoyant."""
+    """Plays the rounds of all answers side by side until the last one ends; `arms` is None for the clairvoyant."""
     max_draft = cost_L.size - 1
     places_K = jnp.arange(max_draft)
     tokens, start, end, limit = texts[:4]
