@@ -85,6 +85,8 @@ def scaled(kind: str, factor: float | None = 4.0, original: int | None = None, *
         (64, {"rope_scaling": {"type": "yarn", "factor": 4.0}, "original_max_position_embeddings": 64}, 256),
         (64, {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 1e4}}, 256),
         (64, scaled("linear"), 256),  # Vicuna-16k
+        (64, scaled("linear") | {"max_sequence_length": 256}, 256),
+        (256, scaled("linear") | {"max_sequence_length": 256}, 256),  # LongChat
         (64, scaled("linear", original=64), 256),
         (256, scaled("linear", original=64), 256),
         (64, scaled("linear", factor=2.5), 160),

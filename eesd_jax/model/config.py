@@ -220,6 +220,8 @@ def _rope_from_hf(fields: _Fields, head_dim: int) -> tuple[RopeConfig, int]:
         truncate=scaling.get("truncate") is not False,
     )
     _check_rope(rope, source)
+    if kind in ("linear", "yarn") and not original and fields.get("max_sequence_length") is not None:
+        return rope, max(stated, fields.size("max_sequence_length"))  # FastChat's word for the product
     return rope, _extended_context(rope, stated, source)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from eesd_jax.errors import UserError
 from eesd_jax.kernels.cpu.codes import Codes
-from eesd_jax.weights.safetensors import NUMBERED
+from eesd_jax.weights.safetensors import NUMBERED, refuse_pointer
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
@@ -92,6 +92,7 @@ def _open(path: pathlib.Path) -> _Reader:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, IndexError, KeyError, OverflowError, RecursionError, OSError) as error:
+        refuse_pointer(path)
         raise UserError(f"{path}: truncated or not a GGUF file ({path.stat().st_size} bytes; {error})") from None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import tempfile
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from eesd_jax.decode.sources import ngrams
 from eesd_jax.errors import UserError
 from eesd_jax.weights.branch_folder import SHIPPED
 
@@ -65,13 +67,15 @@ def load_ngrams(path: str | os.PathLike) -> NgramFile:
     except (SafetensorError, OSError) as error:
         raise UserError(f"n-gram table {name} cannot be read ({error}); expected a file that train/ngrams.py has written") from None
     if (
-        not (counted or "").isdecimal()
+        not re.fullmatch("[0-9]{1,9}", counted or "")
         or entries.dtype != np.uint32
         or entries.ndim != 1
         or entries.size < 2
         or entries.size & (entries.size - 1)
     ):
         raise UserError(f"{name} is no n-gram table; expected a file that train/ngrams.py has written")
+    if (largest := int((entries & ngrams.MAX_TOKEN).max())) >= int(counted):
+        raise UserError(f"n-gram table {name} foretells token {largest}; expected 0 to {int(counted) - 1}, as it says of itself")
     return NgramFile(str(path), entries, int(counted))
 
 

@@ -22,6 +22,7 @@ def read_json(path: pathlib.Path) -> dict:
     """A JSON object from a file; UserError names the file and line where it is not one."""
     try:
         value = json.loads(path.read_text(encoding="utf-8-sig"))
+        json.dumps(value, ensure_ascii=False).encode()  # fails for halves of characters, which JSON can carry
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name} in this folder; expected a Hugging Face model folder") from None
     except OSError as error:
@@ -55,6 +56,7 @@ class SafetensorsSource:
                 # The header is checked against the file's size here, so a truncated shard is found before anything is loaded.
                 handle = safe_open(shard, framework="numpy")
             except (SafetensorError, OSError) as error:
+                refuse_pointer(shard)
                 raise UserError(f"{shard}: truncated or not a safetensors file ({error})") from None
             self._open_shards[shard] = handle
             for name in handle.keys():  # noqa: SIM118  no dictionary
@@ -176,6 +178,17 @@ def refuse_adapter(folder: pathlib.Path) -> None:
             f"{folder}: holds an adapter ({adapters[0]}{f', of {base!r}' if base else ''}) and no model; "
             "expected the folder of a model, an adapter merged into it"
         )
+
+
+def refuse_pointer(path: pathlib.Path) -> None:
+    """Raises UserError for a file that only says where Git LFS keeps the real one."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(40).startswith(b"version https://git-lfs")
+    except OSError:
+        return
+    if is_pointer:
+        raise UserError(f"{path}: is a pointer of Git LFS, not the file itself; expected what `git lfs pull` puts in its place")
 
 
 def read_config(folder: pathlib.Path) -> dict:

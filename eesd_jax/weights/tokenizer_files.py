@@ -33,6 +33,7 @@ def load(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
     present = [name for name in _VOCABULARY_FILES if (folder / name).exists()]
     if not present:
         raise UserError(f"{folder}: no tokenizer in this folder; expected {' or '.join(_VOCABULARY_FILES)}")
+    safetensors.refuse_pointer(folder / present[0])
     settings = _Settings(folder)
     try:
         if present[0] == "tokenizer.json":
@@ -71,11 +72,17 @@ class _Settings:
     def __init__(self, folder: pathlib.Path):
         self.folder = folder
         self._config = self._read("tokenizer_config.json")
-        named = self._read("special_tokens_map.json") | {name: value for name, value in self._config.items() if value is not None}
+        named = self._named()
         self.special = {name: text for name in _SPECIAL if (text := self._text(named.get(name), name)) is not None}
         extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
         self.extra = [self._text(token, "additional_special_tokens") for token in (extra if isinstance(extra, list) else [])]
         self.added = self._added()
+
+    def _named(self) -> dict[str, Any]:
+        """What names special tokens: as in transformers the map comes first beside a config that does not list the tokens themselves."""
+        config = {name: value for name, value in self._config.items() if value is not None}
+        mapped = self._read("special_tokens_map.json")
+        return mapped | config if "added_tokens_decoder" in config else config | mapped
 
     def _read(self, name: str) -> dict[str, Any]:
         return safetensors.read_json(self.folder / name) if (self.folder / name).exists() else {}

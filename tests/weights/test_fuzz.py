@@ -15,6 +15,7 @@ import tiny
 from families import FAMILIES, gguf_fields, spm, write
 from mutations import Reader, try_all
 
+from eesd_jax.decode.sources import ngrams
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights.branch_folder import describe, load_branch, save_branch
@@ -70,6 +71,7 @@ def read_ngrams(folder: pathlib.Path) -> None:
     table = load_ngrams(folder / "ngrams.safetensors")
     check_ngrams(table, 320)
     assert table.entries.dtype == np.uint32
+    assert (table.entries & ngrams.MAX_TOKEN).max() < 320
 
 
 def make_model_file(folder: pathlib.Path) -> None:

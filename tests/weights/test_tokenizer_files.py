@@ -144,6 +144,11 @@ def test_special_tokens_are_named_in_either_file(tmp_path):
     write(tmp_path, "Qwen 2", eos_token=None, bos_token=None, chat_template=tiny.CHAT_TEMPLATE)
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": tiny.END, "lstrip": False}}))
     assert from_folder(tmp_path).eos_token == tiny.END
+    listed = {"0": {"content": "!", "special": False}}
+    for more, expected in (({}, tiny.END), ({"added_tokens_decoder": listed}, tiny.TURN_END)):
+        write(tmp_path, "Qwen 2", eos_token=tiny.TURN_END, **more)
+        assert from_folder(tmp_path).eos_token == expected  # as in transformers
+    (tmp_path / "special_tokens_map.json").unlink()
     write(tmp_path, "Qwen 2", eos_token={"__type": "AddedToken", "content": tiny.TURN_END, "normalized": False})
     assert from_folder(tmp_path).eos_token == tiny.TURN_END
 
@@ -194,6 +199,8 @@ DAMAGES = {
         "added token",
     ),
     "tokens in a list": ("tokenizer_config.json", b'{"added_tokens_decoder": ["a"]}', "added token"),
+    "half a character": ("tokenizer_config.json", b'{"added_tokens_decoder": {"2": {"content": "\\ud83d"}}}', "not valid JSON"),
+    "a pointer": ("tokenizer.json", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
     "bytes that are no text": ("chat_template.jinja", b"\xff\xfe", "chat_template.jinja: cannot be read"),
 }
 

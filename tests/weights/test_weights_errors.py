@@ -60,6 +60,10 @@ FOLDER_DAMAGES = {
     "integer tensor": (lambda f: edit_weights(f, lambda t: t.update({WEIGHT: t[WEIGHT].astype(np.int8)})), [WEIGHT, "I8", "BF16"]),
     "fewer layers in the config": (lambda f: edit_config(f, num_hidden_layers=2), ["9 not expected", "model.layers.2.", "6 more"]),
     "truncated weights": (lambda f: cut(f / "model.safetensors", 5000), ["model.safetensors", "truncated"]),
+    "a pointer": (
+        lambda f: (f / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\n"),
+        ["model.safetensors", "pointer of Git LFS", "git lfs pull"],
+    ),
     "empty weights": (lambda f: cut(f / "model.safetensors", 0), ["model.safetensors", "truncated"]),
     "no weights": (lambda f: (f / "model.safetensors").unlink(), ["model.safetensors", "expected"]),
     "only pickles": (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), ["pytorch_model.bin", "never opened"]),
