@@ -138,8 +138,9 @@ class GGUFSource:
         for name in _REQUIRED_FIELDS:
             if field(name) is None:
                 raise UserError(f"{self.description}: no metadata field {self.architecture}.{name}")
-        vocabulary = self.field("tokenizer.ggml.tokens", [])
-        vocab_size = self.shapes.get("model.embed_tokens.weight", (len(vocabulary),))[0]
+        embed = self.shapes.get("model.embed_tokens.weight") or ()
+        tokens = self.field("tokenizer.ggml.tokens")
+        vocab_size = embed[0] if embed else len(tokens) if isinstance(tokens, list) else None
         rotated = field("rope.dimension_count")
         head_dim = field("attention.key_length", rotated)
         for name, value in (("rope.dimension_count", rotated), ("attention.key_length", head_dim)):
@@ -165,7 +166,7 @@ class GGUFSource:
             "rope_theta": field("rope.freq_base"),
             "partial_rotary_factor": rotated / head_dim if rotated else None,
             "rope_scaling": self._rope_scaling(),
-            "eos_token_id": [token for token in ends if isinstance(token, int) and 0 <= token < vocab_size],
+            "eos_token_id": [token for token in ends if isinstance(token, int) and 0 <= token < (vocab_size or 0)],
         }
 
     def _rope_scaling(self) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class _Settings:
         named = self._named()
         self.special = {name: text for name in _SPECIAL if (text := self._text(named.get(name), name)) is not None}
         extra = named.get("additional_special_tokens") or named.get("extra_special_tokens") or []
-        self.extra = [self._text(token, "additional_special_tokens") for token in (extra if isinstance(extra, list) else [])]
+        extra = [self._text(token, "additional_special_tokens") for token in (extra if isinstance(extra, list) else [])]
+        self.extra = [text for text in extra if text is not None]
         self.added = self._added()
 
     def _named(self) -> dict[str, Any]:
@@ -89,9 +90,11 @@ class _Settings:
 
     def _text(self, token: Any, name: str) -> str | None:
         content = token.get("content") if isinstance(token, dict) else token
-        if token is None or (isinstance(content, str) and content):
-            return content if token is not None else None
-        raise UserError(f"{self.folder}: {name} of the tokenizer is {token!r:.80}; expected a text, or an object with 'content'")
+        if token is None or content == "":  # so the first conversions of Llama say that there is none
+            return None
+        if not isinstance(content, str):
+            raise UserError(f"{self.folder}: {name} of the tokenizer is {token!r:.80}; expected a text, or an object with 'content'")
+        return content
 
     def _added(self) -> dict[int, AddedToken]:
         found = {}

@@ -153,6 +153,14 @@ def test_special_tokens_are_named_in_either_file(tmp_path):
     assert from_folder(tmp_path).eos_token == tiny.TURN_END
 
 
+def test_special_tokens_without_a_text_are_none(tmp_path):
+    write_model(tmp_path, spm(), bos_token="", eos_token={"content": ""}, unk_token=None, additional_special_tokens=["", None])
+    tokenizer = from_folder(tmp_path)
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer("a").input_ids[0]) == ("<s>", "</s>", 1)
+    write(tmp_path, "Qwen 2", bos_token="", additional_special_tokens=[{"content": tiny.TURN_END}, None])
+    assert from_folder(tmp_path).bos_token is None
+
+
 def test_truncation_that_a_file_was_saved_with_is_not_applied(tmp_path):
     core = write(tmp_path, "SmolLM2")
     core.enable_truncation(4)

@@ -196,7 +196,8 @@ def test_a_tokenizer_may_have_more_tokens_than_the_model(tmp_path, kind):
         fields = {f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items()}
         model = load(tiny.write_gguf(tmp_path / "model.gguf", hf, fields=fields))
     assert (len(model.tokenizer), model.config.vocab_size) == (count, count - 1)
-    assert set(model.eos_ids) == {1, model.tokenizer.eos_token_id}
+    assert 1 in model.eos_ids
+    assert not {-1, count - 1} & set(model.eos_ids)
     with pytest.raises(
         UserError, match=rf"dataset 'text', example 0: token id {count - 1} is outside the vocabulary; expected 0 to {count - 2}"
     ):

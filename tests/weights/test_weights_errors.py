@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from families import FAMILIES, gguf_fields
 from safetensors.numpy import load_file, save_file
 
 from eesd_jax.errors import UserError
@@ -134,6 +135,14 @@ GGUF_FIELDS = {
     "partial rotation": ({"llama.rope.dimension_count": 4}, ["partial_rotary_factor", "0.5"]),
     "smaller heads": ({"llama.attention.key_length": 4, "llama.rope.dimension_count": 4}, ["k_proj", "[16, 32]", "[8, 32]"]),
     "no vocabulary": ({"tokenizer.ggml.tokens": None}, ["tokenizer.ggml.tokens"]),
+    "a number for a vocabulary": ({"tokenizer.ggml.tokens": 5}, ["tokenizer.ggml.tokens", "5", "a list"]),
+    "numbers for tokens": ({"tokenizer.ggml.tokens": [1, 2, 3]}, ["tokenizer.ggml.tokens", "a text in each place"]),
+    "a token twice": ({"tokenizer.ggml.tokens": ["a", "b", "a"]}, ["'a'", "ids 0 and 2"]),
+    "a merge of other tokens": ({"tokenizer.ggml.merges": ["q zz"]}, ["'q zz'", "two tokens that make a third"]),
+    "a merge of one token": ({"tokenizer.ggml.merges": ["quick"]}, ["'quick'", "two tokens"]),
+    "a text for an id": ({"tokenizer.ggml.bos_token_id": "<s>"}, ["bos_token_id", "'<s>'", "an integer"]),
+    "a number for a template": ({"tokenizer.chat_template": 3}, ["chat_template", "3", "a text"]),
+    "a text for a size": ({"llama.attention.key_length": "8"}, ["key_length", "'8'", "positive integer"]),
     "no merges": ({"tokenizer.ggml.merges": None}, ["tokenizer.ggml.merges"]),
     "too few token types": ({"tokenizer.ggml.token_type": [1, 1]}, ["2 values", "token_type", "300"]),
     "unsupported tokenizer": ({"tokenizer.ggml.model": "bert"}, ["'bert'", "gpt2", "llama"]),
@@ -164,6 +173,18 @@ def test_gguf_tensors_that_cannot_be_used(tmp_path, extra, named):
         assert part in message
 
 
+def test_unknown_token_that_is_none(tmp_path):
+    """llama.cpp then takes the first one."""
+    fields = gguf_fields(FAMILIES["Llama 2"][2](), None, "default") | {"tokenizer.ggml.merges": None}
+    hf = tiny.hf_config(vocab_size=400)
+    expected = load_model(str(tiny.write_gguf(tmp_path / "model.gguf", hf, fields=fields)), jnp.dtype("float32")).tokenizer
+    for unknown in (2**32 - 1, 380, None):
+        file = tiny.write_gguf(tmp_path / "model.gguf", hf, fields=fields | {"tokenizer.ggml.unknown_token_id": unknown})
+        tokenizer = load_model(str(file), jnp.dtype("float32")).tokenizer
+        assert tokenizer("a \u2602").input_ids == expected("a \u2602").input_ids
+        assert tokenizer.unk_token == "<unk>"
+
+
 def test_gguf_type_that_cannot_be_dequantized(tmp_path):
     writer = gguf.GGUFWriter(tmp_path / "model.gguf", "llama")
     writer.add_tensor("output_norm.weight", np.zeros(32, np.int32))
@@ -173,6 +194,28 @@ def test_gguf_type_that_cannot_be_dequantized(tmp_path):
     writer.close()
     with pytest.raises(UserError, match=r"output_norm\.weight has type I32"):
         GGUFSource(tmp_path / "model.gguf").read("model.norm.weight")
+
+
+@pytest.mark.parametrize("dims", [[], [0], [2**32, 2**32], [2**63, 2]])
+def test_gguf_tensor_of_a_size_that_it_cannot_have(tmp_path, dims):
+    file = tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config())
+    content = file.read_bytes()
+    name = b"token_embd.weight"
+    place = content.index(name) + len(name)
+    info = len(dims).to_bytes(4, "little") + b"".join(dim.to_bytes(8, "little") for dim in dims)
+    file.write_bytes(content[:place] + info + content[place + 4 + 16 :])
+    assert str(file) in error_of(file)
+
+
+def test_gguf_tensors_lie_one_behind_the_other(tmp_path):
+    """Another offset would read other weights, in silence."""
+    file = tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config())
+    content = bytearray(file.read_bytes())
+    name = b"blk.1.ffn_up.weight"
+    place = content.index(name) + len(name) + 4 + 16 + 4
+    content[place : place + 8] = (int.from_bytes(content[place : place + 8], "little") - 32).to_bytes(8, "little")
+    file.write_bytes(content)
+    assert "tensor blk.1.ffn_up.weight begins at byte" in error_of(file)
 
 
 def test_truncated_gguf_names_the_tensor(tmp_path):
