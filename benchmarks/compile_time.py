@@ -17,7 +17,7 @@ from absl import flags
 from stand_in import untrained_drafter
 
 import eesd_jax
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import report
 from eesd_jax.config import LONGEST_MATCH
 from eesd_jax.engine.engine import Engine
@@ -76,7 +76,7 @@ def main(argv: Sequence[str]) -> None:
         lines.append((what, *(f"{value:.1f}" for value in (*stages, sum(stages)))))
     print(report.table(("program", "trace, s", "lower, s", "compile, s", "all, s"), lines))
     if FLAGS.output:
-        with cli.whole_file(FLAGS.output) as file:
+        with files.whole_file(FLAGS.output) as file:
             json.dump({"batch_size": FLAGS.batch_size, "lookup": FLAGS.lookup, "programs": rows}, file, indent=2)
 
 

@@ -27,7 +27,7 @@ from absl import flags
 from rich.console import Console
 from rich.table import Table
 
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.config import ControllerConfig
 from eesd_jax.decode.control import build_controller, parse_controller
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed
@@ -359,7 +359,7 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.json:
         flag_names = ("prompts", "tokens", "batch_size", "seed")
         header = {"cost": cost, **{name: FLAGS[name].value for name in flag_names}, "settings": dataclasses.asdict(settings)}
-        with cli.whole_file(FLAGS.json) as file:
+        with files.whole_file(FLAGS.json) as file:
             json.dump(header | result, file, indent=2)
 
 

@@ -4,13 +4,12 @@ python benchmarks/dequantized.py --model=demo --output=demo-float32.gguf
 """
 
 import pathlib
-import tempfile
 from collections.abc import Sequence
 
 import gguf
 from absl import flags
 
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
@@ -47,12 +46,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError("--output is missing; expected a file to write")
     if model != hub.DEMO_NAME and not model.endswith(".gguf"):
         raise UserError(f"--model is {model!r}; expected {hub.DEMO_NAME} or a .gguf file")
-    target = pathlib.Path(output).expanduser()
     try:
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            partial = pathlib.Path(folder) / target.name
+        with files.replaced(files.expand(output)) as partial:
             write(hub.find_model(model), partial, gguf.GGMLQuantizationType.F32)
-            partial.replace(target)
     except OSError as error:
         raise UserError(
             f"cannot write --output={output!r} ({error.strerror}); expected a file in a folder that can be written to"

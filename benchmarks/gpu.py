@@ -31,7 +31,7 @@ from stand_in import DRAFT_VOCAB, untrained_drafter
 from work import Work, least_round, work_of_parts
 
 import eesd_jax
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import report
 from eesd_jax.cluster.hardware import cpu_name, find_chip
 from eesd_jax.config import LONGEST_MATCH, DecodeConfig, DraftConfig, LossConfig, OptimizerConfig, SamplingConfig
@@ -265,7 +265,7 @@ def show(result: dict[str, Any]) -> None:
 def write(result: dict[str, Any]) -> None:
     """Writes the result to --json, if it is given."""
     if FLAGS.json:
-        with cli.whole_file(FLAGS.json) as file:
+        with files.whole_file(FLAGS.json) as file:
             json.dump(result, file, indent=2)
 
 

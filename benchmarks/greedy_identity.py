@@ -24,7 +24,7 @@ import numpy as np
 from absl import flags
 
 import eesd_jax
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import report, run
 from eesd_jax.bench.record import Answer, Journal, Run
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig
@@ -233,7 +233,7 @@ def main(argv: Sequence[str]) -> None:
     summary = to_markdown(journal)
     print(summary)
     if FLAGS.report:
-        with cli.whole_file(FLAGS.report) as file:
+        with files.whole_file(FLAGS.report) as file:
             file.write(summary)
 
 

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.engine.prompts import Conversation, read_prompts
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
@@ -311,6 +311,7 @@ def main(argv: Sequence[str]) -> None:
     import eesd_jax
     from eesd_jax.bench import run
     from eesd_jax.engine.conversations import check_prompts, encode
+    from eesd_jax.engine.describe import describe_drafter
 
     config = eesd_jax.DecodeConfig(max_new_tokens=FLAGS.max_new_tokens)
     with warnings.catch_warnings():
@@ -338,14 +339,14 @@ def main(argv: Sequence[str]) -> None:
         "machine": run.describe_machine(engine),
         "model": pathlib.Path(FLAGS.model).name,
         "versions": versions(),
-        "drafter": run.describe_drafter(engine),
+        "drafter": describe_drafter(engine),
         "settings": {name: FLAGS[name].value for name in ("max_new_tokens", "lookup_tokens", "early_exit")} | {"prompts": len(prompts)},
         "rows": result_rows(engine, prompts, ways, timings),
         "left_out": left_out,
     }
     show(result)
     if FLAGS.json:
-        with cli.whole_file(FLAGS.json) as out:
+        with files.whole_file(FLAGS.json) as out:
             json.dump(result, out, indent=2)
 
 

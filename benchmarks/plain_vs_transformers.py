@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 import eesd_jax
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.model import llama
 from eesd_jax.weights.load import LoadedModel
 
@@ -124,7 +124,7 @@ def main(argv: Sequence[str]) -> None:
     Console().print(table)
     print(f"identical tokens: {'yes' if identical else 'no'}")
     if FLAGS.json:
-        with cli.whole_file(FLAGS.json) as file:
+        with files.whole_file(FLAGS.json) as file:
             json.dump(result, file, indent=2)
 
 

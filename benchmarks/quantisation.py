@@ -18,7 +18,7 @@ import numpy as np
 from absl import flags
 
 import eesd_jax
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import report
 from eesd_jax.config import NOT_QUANTIZED, QUANTIZATIONS
 from eesd_jax.errors import UserError
@@ -140,7 +140,7 @@ def main(argv: Sequence[str]) -> None:
     summary = f"{FLAGS.model}, float32, {tokens} tokens of {len(texts)} answers\n\n{table}\n"
     print(summary)
     if FLAGS.report:
-        with cli.whole_file(FLAGS.report) as file:
+        with files.whole_file(FLAGS.report) as file:
             file.write(summary)
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from absl import flags
 
 import eesd_jax
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import report
 from eesd_jax.bench import run as benchmark
 from eesd_jax.bench.record import Journal
@@ -221,7 +221,7 @@ def main(argv: Sequence[str]) -> None:
         print(f"{group} {result['cost_aware'][group]['speedup'] / of_group:.3f}", end="  ")
     print()
     if FLAGS.json:
-        with cli.whole_file(FLAGS.json) as file:
+        with files.whole_file(FLAGS.json) as file:
             json.dump({"cost": cost, "plain": plain, "temperature": journal.settings["temperature"], "controllers": result}, file, indent=2)
 
 

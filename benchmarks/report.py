@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import plots
 from eesd_jax.bench.report import ALL, figure, model_and_machine, table
 from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DraftConfig
@@ -65,7 +65,7 @@ class Benchmark(NamedTuple):
         code = subprocess.run([sys.executable, BENCHMARK, *arguments], stdout=subprocess.DEVNULL).returncode
         if code:
             raise UserError(f"{self.folder}: infer/benchmark.py ended with exit code {code}; its own message is above")
-        with cli.whole_file(finished) as file:
+        with files.whole_file(finished) as file:
             json.dump(arguments, file)
 
     def results(self) -> dict[str, Any] | None:
@@ -262,9 +262,9 @@ def write(found: dict[Cell, dict[str, Any]], runs: dict[str, dict[str, Any]], tr
     folder = document.with_suffix("")
     folder.mkdir(parents=True, exist_ok=True)
     for name, image in images.items():
-        with cli.whole_file(folder / name) as file:
+        with files.whole_file(folder / name) as file:
             file.write(image)
-    with cli.whole_file(document) as file:
+    with files.whole_file(document) as file:
         file.write("\n\n".join(sections) + "\n")
 
 

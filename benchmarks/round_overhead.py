@@ -31,7 +31,7 @@ from stand_in import untrained_drafter
 from work import Work, work_of_parts
 
 import eesd_jax
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import report
 from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import accept, control
@@ -301,7 +301,7 @@ def main(argv: Sequence[str]) -> None:
         lines.append((row["part"], *work, *times, f"{row['gflop_per_second']:.0f}"))
     print(report.table(header, lines))
     if FLAGS.output:
-        with cli.whole_file(FLAGS.output) as file:
+        with files.whole_file(FLAGS.output) as file:
             result = {"batch_size": FLAGS.batch_size, "milliseconds": rows, "parts": parts, "read_bandwidth": bandwidth}
             json.dump(result, file, indent=2)
 

@@ -23,7 +23,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench import report
 from eesd_jax.config import ExperimentConfig
 from eesd_jax.distill import examples
@@ -158,7 +158,7 @@ def main(argv: Sequence[str]) -> None:
     if FLAGS.output:
         shown = ("model", "exit_layer", "draft_vocab", "train_head", "batch_size", "sequence_length", "top_tokens", "steps", "repeats")
         settings = {name: FLAGS[name].value for name in shown} | {"device": jax.devices()[0].device_kind}
-        with cli.whole_file(FLAGS.output) as file:
+        with files.whole_file(FLAGS.output) as file:
             json.dump({"settings": settings, "rows": rows, "cache": filling}, file, indent=2)
 
 

@@ -1,21 +1,20 @@
-"""What the commands share: flags, one clear line for a user's mistake (exit code 2), files that appear only when whole."""
+"""What the commands share: flags, and one clear line for a user's mistake (exit code 2), whatever the standard streams are."""
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import math
 import os
-import pathlib
 import re
 import shutil
 import sys
-import tempfile
 import textwrap
 import traceback
 import types
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -230,8 +229,10 @@ def load_from_flags() -> "Engine":
     # Who asks for plain decoding needs no branch, and no warning that there is none.
     exit_branch = "none" if (FLAGS.exit_branch, FLAGS.controller) == ("auto", control.PLAIN) else FLAGS.exit_branch
     with warnings.catch_warnings(record=True) as caught, notice(f"loading {FLAGS.model} ..."):
+        from eesd_jax.cluster import platforms
         from eesd_jax.engine.engine import load
 
+        platforms.start()
         warnings.simplefilter("always", UserWarning)
         engine = load(
             FLAGS.model,
@@ -292,57 +293,68 @@ def notice(text: str) -> Iterator[None]:
     if not sys.stderr.isatty():
         yield
         return
-    print(text, end="\r", file=sys.stderr, flush=True)
+    say(text, end="\r")
     try:
         yield
     finally:
-        print(" " * len(text), end="\r", file=sys.stderr, flush=True)
+        say(" " * len(text), end="\r")
 
 
-@contextlib.contextmanager
-def whole_file(path: str | pathlib.Path) -> Iterator[TextIO]:
-    """Opens a text file that appears under its name only when it is complete; raises UserError where it cannot be written.
-
-    What is no plain file (/dev/null, a pipe) is written to as it is.
-    """
-    target = pathlib.Path(path).expanduser()
-    try:
-        if target.is_dir():
-            raise IsADirectoryError(None, "it is a folder")
-        if target.exists() and not target.is_file():
-            partial, file = None, open(target, "w", encoding="utf-8")  # noqa: SIM115  closed below
-        else:
-            target = target.resolve()  # where a link points to, not the link, is replaced
-            handle, partial = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-            file = open(handle, "w", encoding="utf-8")  # noqa: SIM115
-    except OSError as error:
-        raise UserError(f"cannot write {str(path)!r} ({error.strerror}); expected a file in a folder that can be written to") from None
-    try:
-        with file:
-            yield file
-        if partial is not None:
-            os.chmod(partial, 0o666 & ~_umask())  # mkstemp makes files that only their owner can read
-            os.replace(partial, target)
-    except BaseException:
-        if partial is not None:
-            os.unlink(partial)
-        raise
+def say(text: str, end: str = "\n") -> None:
+    """Writes to stderr; nobody may be listening there, which is no reason to stop."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, file=sys.stderr, flush=True)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def note(text: str) -> None:
+    """One line of statistics on stderr, of the process that writes."""
+    if is_first():
+        say(text)
 
 
 def warn(message: str) -> None:
     """One line on stderr about something that goes on nevertheless."""
-    print(f"warning: {' '.join(message.split())}", file=sys.stderr, flush=True)
+    say(f"warning: {' '.join(message.split())}")
+
+
+def _show_warning(message: Warning | str, category: type[Warning], *details: object) -> None:
+    """Stands in for Python's own, which prints a line of our code as well."""
+    del details
+    if issubclass(category, UserWarning) and is_first():
+        warn(str(message))
+
+
+_closed_streams: set[str] = set()
+
+
+def stdout_is_closed() -> bool:
+    """Whether the command was started without one, as with `>&-`: then whatever is printed is lost."""
+    return "stdout" in _closed_streams
+
+
+def _open_closed_streams() -> None:
+    """Has standard streams that are closed, as `>&-` leaves them, lead nowhere: else the next file that is opened takes their place."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        if getattr(sys, name) is None:
+            try:
+                os.fstat(number)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  open until the end
+            _closed_streams.add(name)
+
+
+# The machine's, not ours: a full disk, a quota, a device that fails, a disk that can only be read.
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     """Runs a command: parses flags, and turns a user's mistake into one line on stderr and exit code 2."""
+    _open_closed_streams()
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that knows no emoji is no reason to stop
     command = sys.modules[main.__module__]
+    warnings.showwarning = _show_warning
 
     def parse(argv: Sequence[str]) -> Sequence[str]:
         if any(argument in ("-h", "-help", "--help") for argument in argv[1:]):
@@ -353,10 +365,10 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
 
                 check_config_arguments(argv[1:])
             rest = FLAGS(argv)
-        except flags.Error as error:
-            _fail(_flag_error(error))
         except UserError as error:
             _fail(str(error))
+        except (flags.Error, ValueError) as error:  # ValueError: --noX=value
+            _fail(_flag_error(error))
         if len(rest) > 1:
             _fail(f"unexpected argument {rest[1]!r}; expected --flag=value")
         _quieten()
@@ -376,13 +388,16 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
             _fail(f"{library} is not installed; expected the extra {extra!r}: pip install -e '.[{extra}]'")
         except KeyboardInterrupt:
             if sys.stderr.isatty():
-                print(file=sys.stderr)
+                say("")
             if processes := _processes():
                 processes.fail("interrupted", 130, "")
             sys.exit(130)
         except BrokenPipeError:
             _close_pipe()
         except Exception as error:
+            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
+                _abandon_stdout()
+                _fail(f"cannot write {error.filename or 'output'} ({error.strerror})")
             if processes := _processes():
                 processes.wait_for_news()
                 processes.fail(" ".join(f"{type(error).__name__}: {error}".split())[:300], 1, traceback.format_exc())
@@ -399,13 +414,22 @@ def _print_help(command: types.ModuleType) -> NoReturn:
         print(_help(command), flush=True)
     except BrokenPipeError:
         _close_pipe()
+    except OSError as error:
+        _abandon_stdout()
+        _fail(f"cannot write stdout ({error.strerror})")
     sys.exit(0)
 
 
 def _close_pipe() -> NoReturn:
     """Ends quietly: who read our output has seen enough, as in `| head`."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _abandon_stdout()
     sys.exit(1)
+
+
+def _abandon_stdout() -> None:
+    """Has what is still to be printed lead nowhere: Python would try it again at its end, and complain."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _quieten() -> None:
@@ -414,15 +438,13 @@ def _quieten() -> None:
         absl_logging.set_verbosity(absl_logging.WARNING)  # absl shows what JAX logs about every backend that it looked for
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # a terminal that knows no emoji is no reason to stop
 
 
 def _fail(message: str) -> NoReturn:
     message = " ".join(message.split())
     if processes := _processes():
         processes.fail(message, 2, f"error: {message}")
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}")
     sys.exit(2)
 
 
@@ -441,7 +463,7 @@ def is_first() -> bool:
     return not several_processes() or _processes().is_first()
 
 
-def _flag_error(error: flags.Error) -> str:
+def _flag_error(error: flags.Error | ValueError) -> str:
     """What absl found, in our words: the value, and what was expected."""
     message = str(error).splitlines()[0]
     if bad_value := re.match(r"flag --([\w.]+)=(.*?): ", message):

@@ -16,11 +16,11 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress
 
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.bench.record import Journal
 from eesd_jax.config import DEFAULT_CONTROLLER, NOT_QUANTIZED
 from eesd_jax.decode import control
-from eesd_jax.engine.prompts import Conversation, read_prompts
+from eesd_jax.engine.prompts import Conversation, prompts_sha256, read_prompts
 from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -43,19 +43,20 @@ def main(argv: Sequence[str]) -> None:
     del argv
     names = check_flags()
     conversations = read_prompts(FLAGS.prompts)[: FLAGS.limit]
-    folder = pathlib.Path(FLAGS.output_dir).expanduser()
+    folder = files.expand(FLAGS.output_dir)
     engine = cli.load_from_flags()
 
     from eesd_jax.bench import report, run
     from eesd_jax.engine import timing
     from eesd_jax.engine.conversations import check_prompts
+    from eesd_jax.engine.describe import describe_drafter
 
     chat = engine.has_chat_template if FLAGS.chat is None else FLAGS.chat
     check_prompts(engine, conversations, chat, FLAGS.prompts)
     batches = run.make_batches(conversations, FLAGS.batch_size)
     batch_size = max(len(batch.conversations) for batch in batches)
     settings = flag_settings(names, conversations) | {"batch_size": batch_size, "chat": chat}
-    settings |= run.describe_drafter(engine) | run.describe_machine(engine)
+    settings |= describe_drafter(engine) | run.describe_machine(engine)
     if FLAGS.ignore_eos:
         engine = timing.endless(engine)
     journal = Journal(folder / "runs.jsonl", settings)
@@ -86,7 +87,7 @@ def check_flags() -> list[str]:
             raise UserError(f"--{flag} is missing; expected a {'file of prompts' if flag == 'prompts' else 'folder'}")
     if FLAGS.limit is not None and FLAGS.limit < 1:
         raise UserError(f"--limit is {FLAGS.limit}; expected an integer >= 1")
-    folder = pathlib.Path(FLAGS.output_dir).expanduser()
+    folder = files.expand(FLAGS.output_dir)
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--output_dir is {FLAGS.output_dir!r}, which is a file; expected a folder")
     names = [name.strip() for name in FLAGS.controllers or [FLAGS.controller or DEFAULT_CONTROLLER]]
@@ -97,8 +98,6 @@ def check_flags() -> list[str]:
 
 def flag_settings(names: Sequence[str], conversations: Sequence[Conversation]) -> dict[str, Any]:
     """What the flags say that the results depend on."""
-    from eesd_jax.bench.run import prompts_sha256
-
     flag_names = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "seed", "stop", "mesh", "ignore_eos")
     return {
         "model": model_name(),
@@ -122,10 +121,10 @@ def write(folder: pathlib.Path, results: dict[str, Any], journal: Journal) -> No
     from eesd_jax.bench import plots, report
 
     for name, png in plots.draw_all(results["rows"], journal.runs()).items():
-        with cli.whole_file(folder / name) as file:
+        with files.whole_file(folder / name) as file:
             file.buffer.write(png)
     for name, text in (("table.md", report.to_markdown(results)), ("results.json", report.to_text(results))):
-        with cli.whole_file(folder / name) as file:
+        with files.whole_file(folder / name) as file:
             file.write(text)
 
 

@@ -10,8 +10,6 @@ recognised, elsewhere --coordinator_address, --num_processes and --process_id sa
 """
 
 import contextlib
-import hashlib
-import json
 import os
 import statistics
 import sys
@@ -23,12 +21,13 @@ from absl import flags
 from rich.console import Console
 from rich.progress import Progress
 
-from eesd_jax import cli
+from eesd_jax import cli, files
 from eesd_jax.config import DEFAULT_CONTROLLER
 from eesd_jax.decode import control
-from eesd_jax.engine.conversations import check_prompts, encode
+from eesd_jax.engine import answer_file
+from eesd_jax.engine.conversations import Options, answer_batch, check_prompts, places
 from eesd_jax.engine.generation import Generation, Rounds
-from eesd_jax.engine.prompts import Conversation, is_text, read_prompts
+from eesd_jax.engine.prompts import Conversation, is_text, prompts_sha256, read_prompts
 from eesd_jax.errors import UserError
 
 if TYPE_CHECKING:  # see cli.py
@@ -41,42 +40,49 @@ cli.define_generation_flags()
 cli.define_model_flags()
 cli.define_distributed_flags()
 flags.DEFINE_bool("stream", None, "Show an answer as it comes; default: if stdout is a terminal.")
-flags.DEFINE_string("output", None, "File to write, one JSON object a turn.")
+flags.DEFINE_string(
+    "output",
+    None,
+    "File to write, one JSON object a turn. It appears when all are there; until then OUTPUT.partial keeps those that are, and the same "
+    "command goes on behind them.",
+)
 flags.DEFINE_bool(
     "compare",
     False,
     "Answer --prompt with plain decoding too, and print both speeds (of short answers medians of three) and whether they are identical.",
 )
 
-Write = Callable[[dict[str, Any]], None]
+Answers = answer_file.AnswerFile | answer_file.AnswerLines
 
 # --compare times so many more answers of each decoder, if the first of each took less than so many seconds together.
 MORE_PAIRS, SHORT = 2, 30.0
-# The answer to a turn for which the turns before it left no room.
-NO_ROOM = Generation("", [], prompt_tokens=0, finish_reason="length", log=Rounds.plain(0), seconds=0.0, first_token_seconds=0.0)
+# Flags of this command that change no answer, or are told apart otherwise (prompts by their content).
+NO_SETTINGS = ("prompt", "prompts", "stream", "output", "compare", "num_processes", "join_timeout")
 
 
 def main(argv: Sequence[str]) -> None:
     del argv
     check_flags()
     conversations = None if FLAGS.prompts is None else read_prompts(FLAGS.prompts)
-    asked = hashlib.sha256(repr(conversations).encode("utf-8", "backslashreplace")).hexdigest()[:8]
-    cli.start_distributed(cli.settings_from_flags(sys.modules[__name__]) | {"hash of the prompts": asked})
+    given = cli.settings_from_flags(sys.modules[__name__])
+    asked = {"prompts_sha256": prompts_sha256(conversations)} if conversations is not None else {}
+    cli.start_distributed(given | asked)
     if cli.several_processes() and FLAGS.prompt is None and conversations is None:
         raise UserError("several processes are started without --prompt or --prompts; expected one of them: a chat is for one process")
+    settings = {name.removeprefix("--"): value for name, value in given.items() if name.removeprefix("--") not in NO_SETTINGS} | asked
     with contextlib.ExitStack() as stack:
         if not cli.is_first():  # it computes its part, and keeps quiet
             stack.enter_context(contextlib.redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
-        write = stack.enter_context(output_lines())
+        check_output(settings)
         engine = cli.load_from_flags()
         if conversations is not None:
-            answer_file(engine, conversations, write)
+            answer_prompts(engine, conversations, settings)
         elif FLAGS.compare:
-            write(record("prompt", 0, FLAGS.prompt, compare(engine, FLAGS.prompt)))
+            write_one(compare(engine, FLAGS.prompt))
         elif FLAGS.prompt is not None:
-            write(record("prompt", 0, FLAGS.prompt, show(engine, FLAGS.prompt, cli.controller_from_flags(engine, batch=1))))
+            write_one(show(engine, FLAGS.prompt, cli.controller_from_flags(engine, batch=1)))
         else:
-            chat(engine, write)
+            chat(engine, settings)
 
 
 def check_flags() -> None:
@@ -88,6 +94,8 @@ def check_flags() -> None:
         raise UserError(f"--prompt is {FLAGS.prompt!r}; expected a text that is not blank")
     if FLAGS.prompt is None and FLAGS.prompts is None and FLAGS.chat is False:
         raise UserError("--nochat is given without --prompt or --prompts; expected one of them, or a chat")
+    if cli.stdout_is_closed() and not FLAGS.output:
+        raise UserError("stdout is closed, and --output is not given; expected one of them, for the answers")
     if FLAGS.output and FLAGS.prompts and os.path.realpath(FLAGS.output) == os.path.realpath(FLAGS.prompts):
         raise UserError(f"--output is {FLAGS.output!r}, the file of prompts; expected another file")
     if FLAGS.compare:
@@ -107,17 +115,11 @@ def show(engine: "Engine", prompt: "str | Messages", controller: "Controller | N
         print(generation.text, end="")
     print(flush=True)
     speculation = f"; {speculation_of(generation.log)}" if controller is not None else ""
-    note(
+    cli.note(
         f"[{len(generation.token_ids)} tokens in {generation.seconds:.2f} s, {generation.tokens_per_second:.1f} tokens/s{speculation}; "
         f"first token after {generation.first_token_seconds:.2f} s; ended by {generation.finish_reason}]"
     )
     return generation
-
-
-def note(text: str) -> None:
-    """One line of statistics on stderr."""
-    if cli.is_first():
-        print(text, file=sys.stderr)
 
 
 def streams() -> bool:
@@ -193,27 +195,31 @@ def compare(engine: "Engine", prompt: str) -> Generation:
     return eesd[0]
 
 
-def chat(engine: "Engine", write: Write) -> None:
-    """Reads messages from stdin and answers each with the conversation in view."""
+def chat(engine: "Engine", settings: dict[str, Any]) -> None:
+    """Reads messages from stdin and answers each with the conversation in view. However it ends, what was said is in --output."""
     if not engine.has_chat_template:
         raise UserError(f"model {FLAGS.model!r} has no chat template, so there can be no chat; expected --prompt or --prompts")
-    print(f"Chat with {FLAGS.model}. /reset starts again; /exit or end of input leaves.", file=sys.stderr, flush=True)
+    cli.say(f"Chat with {FLAGS.model}. /reset starts again; /exit or end of input leaves.")
     sys.stdin.reconfigure(errors="surrogateescape")  # so that bytes which are no text come here and are named
     controller = cli.controller_from_flags(engine, batch=1)
-    history: list[dict[str, str]] = []
-    conversation = 1
-    while (message := next_message()) not in (None, "/exit"):
-        if message == "/reset":
-            history, conversation = [], conversation + 1
-        elif message:
-            question = {"role": "user", "content": message}
-            try:
-                generation = show(engine, [*history, question], controller)
-            except UserError as error:
-                print(f"error: {error}; /reset starts again", file=sys.stderr, flush=True)
-                continue
-            write(record(f"chat-{conversation}", len(history) // 2, message, generation))
-            history += [question, {"role": "assistant", "content": generation.text}]
+    with open_answers(engine, settings) as answers:
+        history: list[dict[str, str]] = []
+        conversation = 1 + max((earlier for earlier, _ in answers.texts), default=0)
+        if conversation > 1:
+            cli.note(f"[{len(answers.texts)} answers of chats that were killed are kept; this one is chat-{conversation}]")
+        while (message := next_message()) not in (None, "/exit"):
+            if message == "/reset":
+                history, conversation = [], conversation + 1
+            elif message:
+                question = {"role": "user", "content": message}
+                try:
+                    generation = show(engine, [*history, question], controller)
+                except UserError as error:
+                    cli.say(f"error: {error}; /reset starts again")
+                    continue
+                turn = len(history) // 2
+                answers.add({(conversation, turn): answer_file.record(f"chat-{conversation}", turn, message, generation)})
+                history += [question, {"role": "assistant", "content": generation.text}]
 
 
 def next_message() -> str | None:
@@ -234,99 +240,99 @@ def next_message() -> str | None:
     return message
 
 
-def answer_file(engine: "Engine", conversations: list[Conversation], write: Write) -> None:
+def answer_prompts(engine: "Engine", conversations: list[Conversation], settings: dict[str, Any]) -> None:
     """Answers every turn of every conversation, a batch of conversations at a time; lines are written in the order of the file."""
     use_chat = engine.has_chat_template if FLAGS.chat is None else FLAGS.chat
     check_prompts(engine, conversations, use_chat, FLAGS.prompts)
-    turns = sum(len(conversation.turns) for conversation in conversations)
     batch_size = min(FLAGS.batch_size, len(conversations))
-    controller = cli.controller_from_flags(engine, batch_size)
-    logs, started = [], time.perf_counter()
-    # Lines that go to a terminal show themselves how far it is.
-    hidden = not sys.stderr.isatty() or (not FLAGS.output and sys.stdout.isatty())
-    with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True, disable=hidden) as progress:
-        task = progress.add_task("generating", total=turns)
-        for first in range(0, len(conversations), batch_size):
-            batch = dict(list(enumerate(conversations))[first : first + batch_size])
-            answers = {}
-            for index, turn, generation in answer_batch(engine, batch, batch_size, use_chat, controller):
-                answers[index, turn] = generation
-                logs.append(generation.log)
-                progress.advance(task)
-            for (index, turn), generation in sorted(answers.items(), key=lambda item: item[0]):
-                write(record(batch[index].id, turn, batch[index].turns[turn], generation))
-    seconds = time.perf_counter() - started
-    rounds = Rounds.join(logs)
+    options = Options(cli.sampling_from_flags(), batch_size, FLAGS.seed, tuple(FLAGS.stop), use_chat)
+    with open_answers(engine, settings, conversations) as answers:
+        done = agreed(answers.texts)
+        left, logs, started = places(conversations, done), [], time.perf_counter()
+        if done and cli.is_first():
+            cli.note(f"[goes on: {len(done)} of {len(done) + len(left)} turns are answered in {str(answers.partial)!r}]")
+        controller = cli.controller_from_flags(engine, batch_size) if left else None
+        # Lines that go to a terminal show themselves how far it is.
+        hidden = not sys.stderr.isatty() or (not FLAGS.output and sys.stdout.isatty())
+        with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True, disable=hidden) as progress:
+            task = progress.add_task("generating", total=len(done) + len(left), completed=len(done))
+            for first in range(0, len(conversations), batch_size):
+                batch = dict(list(enumerate(conversations))[first : first + batch_size])
+                for found in answer_batch(engine, batch, done, options, controller, warn_of_line):
+                    asked = {(index, turn): (batch[index].id, turn, batch[index].turns[turn]) for index, turn in found}
+                    answers.add({place: answer_file.record(*asked[place], generation) for place, generation in found.items()})
+                    logs += [generation.log for generation in found.values()]
+                    progress.advance(task, len(found))
+    seconds, rounds = time.perf_counter() - started, Rounds.join(logs)
     tokens = rounds.committed.sum()
     speculation = f"; {speculation_of(rounds)}" if controller is not None else ""
-    note(f"[{turns} turns, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s{speculation}]")
+    cli.note(f"[{len(left)} turns, {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.1f} tokens/s{speculation}]")
 
 
-def answer_batch(
-    engine: "Engine", batch: dict[int, Conversation], batch_size: int, use_chat: bool, controller: "Controller | None"
-) -> Iterator[tuple[int, int, Generation]]:
-    """Answers some conversations side by side, turn by turn; yields (index in the file, turn, answer)."""
-    histories = {index: list(conversation.history) for index, conversation in batch.items()}
-    for turn in range(max(len(conversation.turns) for conversation in batch.values())):
-        rows = {}
-        for index, conversation in batch.items():
-            if turn < len(conversation.turns):
-                histories[index].append({"role": "user", "content": conversation.turns[turn]})
-                try:
-                    rows[index] = encode(engine, histories[index], use_chat)
-                except UserError as error:  # the answers so far have made it too long
-                    if cli.is_first():
-                        cli.warn(f"{where(conversation)}, turn {turn + 1} is left without an answer: {error}")
-                    yield index, turn, NO_ROOM
-        generations = (
-            engine.generate_ids(
-                list(rows.values()),
-                seeds=[FLAGS.seed + index for index in rows],
-                sampling=cli.sampling_from_flags(),
-                stop=FLAGS.stop,
-                batch_size=batch_size,
-                controller=controller,
-            )
-            if rows
-            else []
-        )
-        for index, generation in zip(rows, generations, strict=True):
-            histories[index].append({"role": "assistant", "content": generation.text})
-            yield index, turn, generation
+def agreed(texts: dict[tuple[int, int], str | None]) -> dict[tuple[int, int], str | None]:
+    """What is answered already, as the process that writes has it."""
+    if not cli.several_processes():
+        return texts
+    from eesd_jax.cluster import processes
+
+    return {(index, turn): text for (index, turn), text in processes.from_first(lambda: list(texts.items()))}
 
 
-def where(conversation: Conversation) -> str:
-    return f"prompt file {FLAGS.prompts!r}, line {conversation.line}"
+def warn_of_line(message: str) -> None:
+    """One line about a conversation of the file, whose line it begins with."""
+    if cli.is_first():
+        cli.warn(f"prompt file {FLAGS.prompts!r}, {message}")
 
 
-def record(identity: str | int, turn: int, prompt: str, generation: Generation) -> dict[str, Any]:
-    """One line of --output."""
-    return {
-        "id": identity,
-        "turn": turn,
-        "prompt": prompt,
-        "text": generation.text,
-        "token_ids": generation.token_ids,
-        "new_tokens": len(generation.token_ids),
-        "rounds": generation.rounds,
-        "drafted": generation.drafted,
-        "accepted": generation.accepted,
-        "tokens_per_round": generation.tokens_per_round,
-        "seconds": round(generation.seconds, 4),
-        "finish_reason": generation.finish_reason,
-    }
+def check_output(settings: dict[str, Any]) -> None:
+    """Finds before the model is loaded that --output cannot be written, or that answers of other settings are waiting there."""
+    if FLAGS.output and cli.is_first():
+        if FLAGS.prompt is None and files.is_plain(FLAGS.output):
+            answer_file.check(FLAGS.output, settings)
+        else:
+            files.check_writable(FLAGS.output)
 
 
 @contextlib.contextmanager
-def output_lines() -> Iterator[Write]:
-    """A function that writes one record: to --output, to stdout for a prompt file without it, else nowhere."""
-    if FLAGS.output and cli.is_first():
-        with cli.whole_file(FLAGS.output) as file:
-            yield lambda line: print(json.dumps(line, ensure_ascii=False), file=file)
-    elif FLAGS.prompts:
-        yield lambda line: print(json.dumps(line, ensure_ascii=False), flush=True)
+def open_answers(engine: "Engine", settings: dict[str, Any], conversations: Sequence[Conversation] = ()) -> Iterator[Answers]:
+    """Where answers go: --output, or stdout for a prompt file without it, else nowhere.
+
+    What is there when the block is interrupted is kept for the same command, and said; of a chat, which has no end, it is all.
+    """
+    from eesd_jax.engine.describe import describe_drafter
+
+    is_chat, order = FLAGS.prompts is None, places(conversations)
+    settings = settings | {"format_version": answer_file.FORMAT_VERSION}
+    found = {"dtype": str(engine.model.params["final_norm"].dtype)} | describe_drafter(engine)
+    settings = settings | {f"loaded {name}": value for name, value in found.items()}  # beside flags of the same name
+    if not cli.is_first() or (is_chat and not FLAGS.output):
+        answers = answer_file.AnswerLines()
+    elif not FLAGS.output:
+        answers = answer_file.AnswerLines(sys.stdout, "stdout", order)
+    elif not files.is_plain(files.expand(FLAGS.output)):
+        with open(files.expand(FLAGS.output), "w", encoding="utf-8") as file:
+            yield answer_file.AnswerLines(file, repr(FLAGS.output), order)
+        return
     else:
-        yield lambda line: None
+        answers = answer_file.AnswerFile(FLAGS.output, settings)
+    try:
+        yield answers
+        answers.finish()
+    except BaseException as error:
+        if answers.texts and is_chat:
+            answers.finish()
+        elif answers.texts and isinstance(error, KeyboardInterrupt):
+            cli.note(f"[{len(answers.texts)} of {len(order)} turns are kept in {str(answers.partial)!r}; the same command goes on]")
+        raise
+    finally:
+        answers.close()
+
+
+def write_one(generation: Generation) -> None:
+    """The answer to --prompt in --output, if it is given."""
+    if FLAGS.output and cli.is_first():
+        with files.whole_file(FLAGS.output) as file:
+            file.write(answer_file.to_text(answer_file.record("prompt", 0, FLAGS.prompt, generation)))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ On several hosts start it on each of them, with an output_dir that all of them s
 
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -34,18 +33,13 @@ def main(argv: Sequence[str]) -> None:
     config = experiment.config_from_flags()
     cli.start_distributed(experiment.to_dict(config))
 
+    from eesd_jax.cluster import platforms
     from eesd_jax.distill import self_generate
 
-    warnings.showwarning = show_warning
+    platforms.start()
     with progress_bar() as watch:
         summary = self_generate.self_generate(config, watch=watch)
     print(summary.line)
-
-
-def show_warning(message: Warning | str, category: type[Warning], *details: object) -> None:
-    del details
-    if issubclass(category, UserWarning):
-        cli.warn(str(message))
 
 
 @contextmanager

@@ -1,13 +1,10 @@
 """Keeps what a benchmark has measured: answers, costs of rounds, divergences of greedy answers; and the journal that holds them."""
 
 import dataclasses
-import json
-import os
-import pathlib
 from typing import Any, NamedTuple
 
+from eesd_jax import files
 from eesd_jax.engine.generation import Rounds
-from eesd_jax.errors import UserError
 
 # Passes of different widths round differently; below this difference of logits, float32 cannot tell which token is the greater.
 EXCUSED_GAP = 1e-3
@@ -78,92 +75,24 @@ class Costs(NamedTuple):
     look_up: tuple[float, ...] = ()
 
 
-def _line(kind: str, value: Any) -> bytes:
-    return json.dumps({kind: value}).encode() + b"\n"
+class Journal(files.Journal):
+    """Keeps what a benchmark has done so far; see `files.Journal`."""
 
+    KIND = "benchmark"
+    FLAG = "--output_dir"
+    ELSE = "another folder"
 
-class Journal:
-    """Keeps what a benchmark has done so far: a file of one JSON object a line, each written when it is complete.
-
-    Args:
-      path: of the file, made if need be.
-      settings: all that the results depend on; they must be those that the file was begun with.
-
-    Raises:
-      UserError: the file was begun with other settings, or cannot be used.
-    """
-
-    def __init__(self, path: pathlib.Path, settings: dict[str, Any]):
-        self._path = path
-        settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes() if path.exists() else b""
-            whole = content[: content.rfind(b"\n") + 1]  # a line that a kill cut off is no line
-            self._entries = [self._parse(line, number) for number, line in enumerate(whole.splitlines(), start=1)]
-            if self._entries:
-                self._check(self._entries[0].get("settings"), settings)
-            elif not _line("settings", settings).startswith(content):
-                raise self._foreign()
-            if whole != content:
-                os.truncate(path, len(whole))
-            if not self._entries:
-                self.append("settings", settings)
-        except OSError as error:
-            raise UserError(f"cannot use {str(path)!r} ({error.strerror}); expected a folder that can be written to") from None
-
-    @classmethod
-    def read(cls, path: pathlib.Path) -> "Journal":
-        """Opens the journal that a benchmark has written, with whatever settings.
-
-        Raises:
-          UserError: there is none, or the file is something else.
-        """
-        try:
-            with open(path, "rb") as file:
-                settings = json.loads(file.readline())["settings"]
-        except OSError as error:
-            raise UserError(f"cannot read {str(path)!r} ({error.strerror}); expected what infer/benchmark.py wrote") from None
-        except (ValueError, KeyError, TypeError):
-            raise UserError(f"{str(path)!r} was not written by infer/benchmark.py; expected what it wrote") from None
-        return cls(path, settings)
-
-    def _parse(self, line: bytes, number: int) -> dict[str, Any]:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            entry = None
-        if not isinstance(entry, dict):
-            raise self._foreign(f", line {number},")
-        return entry
-
-    def _foreign(self, where: str = "") -> UserError:
-        return UserError(f"{str(self._path)!r}{where} was not written by this benchmark; expected another --output_dir")
-
-    def _check(self, begun_with: Any, settings: dict[str, Any]) -> None:
-        if not isinstance(begun_with, dict):
-            raise self._foreign()
-        for name in settings | begun_with:
-            old, new = begun_with.get(name), settings.get(name)
-            if old != new:
-                raise UserError(
-                    f"--output_dir {str(self._path.parent)!r} holds a benchmark with {name} {old!r}, and now {name} is {new!r}; "
-                    "expected the same settings, or another folder"
-                )
+    @property
+    def _where(self) -> str:
+        return f"--output_dir {str(self._path.parent)!r}"
 
     def entries(self, kind: str) -> list[Any]:
         """Returns everything that was appended under that kind, in order."""
-        return [entry[kind] for entry in self._entries if kind in entry]
+        return [line[kind] for line in self.lines if kind in line]
 
     def append(self, kind: str, value: Any) -> None:
-        line = _line(kind, value)
-        with open(self._path, "ab") as file:
-            file.write(line)
-        self._entries.append(json.loads(line))
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return self._entries[0]["settings"]
+        """Keeps what is done, on disk when this returns."""
+        self.keep({kind: value})
 
     @property
     def costs(self) -> Costs | None:

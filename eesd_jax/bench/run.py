@@ -9,11 +9,8 @@ never include compilation. Tables are left to `report.py`, plots to `plots.py`.
 """
 
 import contextlib
-import dataclasses
 import functools
-import hashlib
 import itertools
-import json
 import os
 import statistics
 from collections.abc import Callable, Iterator, Sequence
@@ -25,18 +22,16 @@ import numpy as np
 
 from eesd_jax.bench.record import EXCUSED_GAP, Answer, Costs, Divergence, Journal, Run
 from eesd_jax.cluster.hardware import cpu_name
-from eesd_jax.config import SamplingConfig
 from eesd_jax.decode.control import PLAIN
 from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import timing
-from eesd_jax.engine.conversations import encode
+from eesd_jax.engine.conversations import Options, encode
 from eesd_jax.engine.engine import Engine
 from eesd_jax.engine.prompts import Conversation
 from eesd_jax.errors import UserError
 from eesd_jax.model import llama
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.weights.branch_folder import fingerprint
 
 UNCATEGORIZED = "uncategorized"
 _ATTEMPTS = 3
@@ -65,27 +60,6 @@ def make_batches(conversations: Sequence[Conversation], batch_size: int) -> list
         for category, places in categories.items()
         for chosen in (places[first : first + batch_size] for first in range(0, len(places), batch_size))
     ]
-
-
-def prompts_sha256(conversations: Sequence[Conversation]) -> str:
-    """Hashes all prompts (the first 16 digits)."""
-    content = json.dumps([[c.id, c.category, c.history, c.turns] for c in conversations]).encode()
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Settings of the answers, the same for all controllers.
-
-    batch_size: rows of the compiled programs. seed: conversation i of the file draws with seed + i. stop: strings that end an answer.
-    chat: whether prompts go through the chat template.
-    """
-
-    sampling: SamplingConfig
-    batch_size: int
-    seed: int
-    stop: tuple[str, ...]
-    chat: bool
 
 
 def run_all(
@@ -228,22 +202,6 @@ def measure_costs(engine: Engine, batch: int) -> Costs:
         seconds = {controller: timing.seconds_of_step(timed, rows[controller], controller, _PLAIN_STEPS) for controller in turns}
         ratios.append(seconds[None] / seconds[forced])
     return Costs(costs.exit[0] * statistics.median(ratios[1:]), costs.exit, costs.look_up)  # the first pair compiles
-
-
-def describe_drafter(engine: Engine) -> dict[str, Any]:
-    """Describes the weights that answer and the sources that draft."""
-    drafter = engine.drafter
-    arms = {"exit": drafter and drafter.branch, "lookup": drafter and drafter.draft.longest_match}
-    return {
-        "arms": "+".join(name for name, used in arms.items() if used),
-        "weights": fingerprint(engine.model.params)[:16],
-        "exit_branch": fingerprint(drafter.branch)[:16] if drafter and drafter.branch else None,
-        "exit_layer": drafter.draft.exit_layer if drafter else None,
-        "longest_match": drafter.draft.longest_match if drafter else None,
-        "ngrams": hashlib.sha256(drafter.ngrams.tobytes()).hexdigest()[:16] if drafter and drafter.ngrams is not None else None,
-        "max_draft": drafter.draft.max_draft if drafter else None,
-        "candidates": drafter.draft.candidates if drafter else None,
-    }
 
 
 def describe_machine(engine: Engine) -> dict[str, Any]:

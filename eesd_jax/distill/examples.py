@@ -1,8 +1,7 @@
 """Training examples: token ids, and which of them the target wrote; as a tfds dataset on disk, or as a JSONL file of chats.
 
 A dataset is a folder in the format of tfds (array_record files, readable with `tfds.builder_from_directory`; neither writing nor reading
-needs TensorFlow). Its metadata says where it comes from: model, weights, tokenizer, settings. A file of chats has one
-`{"messages": [...]}` a line; the assistant's turns are taken as the target's, without asking whether it would have written them.
+needs TensorFlow). Its metadata says where it comes from: model, weights, tokenizer, settings. A file of chats: see `chats.py`.
 """
 
 import hashlib
@@ -13,7 +12,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -21,8 +20,9 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from etils import epath
 from transformers import PreTrainedTokenizerBase
 
+from eesd_jax.distill import chats
+from eesd_jax.distill.example import Example, Target, show
 from eesd_jax.errors import UserError
-from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.branch_folder import config_hash
 
 DATASET_NAME = "self_generated"
@@ -32,27 +32,6 @@ _VERSION = "1.0.0"
 _INFO_FILE = "dataset_info.json"  # without it a folder is no dataset
 _EXAMPLES_PER_FILE = 10_000
 _FILE_TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}"
-_MESSAGES_FORM = '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
-
-
-class Example(NamedTuple):
-    """tokens: int32 [n]. response: bool [n], True where the target wrote the token."""
-
-    tokens: np.ndarray
-    response: np.ndarray
-
-    @property
-    def prompt(self) -> np.ndarray:
-        """The tokens before the first one that the target wrote, int32."""
-        return self.tokens[: int(np.argmax(self.response))]
-
-
-class Target(Protocol):
-    """What examples are checked against: a `LoadedModel`, of which the params are not needed."""
-
-    config: ModelConfig
-    tokenizer: PreTrainedTokenizerBase
-    eos_ids: tuple[int, ...]
 
 
 class Source(NamedTuple):
@@ -271,6 +250,20 @@ def _check_format(folder: epath.Path) -> None:
         raise UserError(f"dataset {os.fspath(folder)!r} is in files of format {kind!r:.80}; expected 'array_record'")
 
 
+def _open_chats(path: epath.Path, split: str, model: Target, validation_share: float) -> Source:
+    conversations = chats.read(path, model)
+    # All turns of a conversation are on one side: each of them has those before it in its prompt.
+    splits = assign_splits([examples[0].prompt for examples in conversations], validation_share)
+    chosen = [example for examples, its_split in zip(conversations, splits, strict=True) if its_split == split for example in examples]
+    provenance = {
+        "chats": os.fspath(path),
+        "vocab_size": model.config.vocab_size,
+        "tokenizer_hash": tokenizer_hash(model.tokenizer),
+        "validation_share": validation_share,
+    }
+    return Source(os.fspath(path), chosen, provenance)
+
+
 def _check_provenance(name: str, provenance: dict[str, Any], sample: Example | None, model: Target) -> None:
     shown = f"; read with this model's tokenizer, an example is {show(sample, model.tokenizer)}" if sample else ""
     vocab_size, ours = provenance.get("vocab_size"), model.config.vocab_size
@@ -281,13 +274,6 @@ def _check_provenance(name: str, provenance: dict[str, Any], sample: Example | N
         raise UserError(f"{author} with another tokenizer (the same ids stand for other text); expected this model's{shown}")
     if provenance.get("target_config_hash") != config_hash(model.config):
         warnings.warn(f"{author}, which has another shape than this one: what it wrote is not what this model would write", stacklevel=2)
-
-
-def show(example: Example, tokenizer: PreTrainedTokenizerBase, limit: int = 160) -> str:
-    """An example's text, shortened, for messages; ids that are no tokens are left out."""
-    ids = [int(token) for token in example.tokens[:limit] if 0 <= token < len(tokenizer)]
-    text = tokenizer.decode(ids)
-    return repr(text if len(text) <= limit else f"{text[:limit]}...")
 
 
 def check_example(example: Example, name: str, index: int, model: Target) -> None:
@@ -302,86 +288,3 @@ def check_example(example: Example, name: str, index: int, model: Target) -> Non
         problem = f"token id {wrong} is outside the vocabulary; expected 0 to {model.config.vocab_size - 1}"
     if problem:
         raise UserError(f"dataset {name!r}, example {index}: {problem}; it reads {show(example, model.tokenizer)}")
-
-
-def _open_chats(path: epath.Path, split: str, model: Target, validation_share: float) -> Source:
-    name = os.fspath(path)
-    if not model.tokenizer.chat_template:
-        raise UserError(f"chats in {name!r} need a chat template, and this model has none; expected a dataset of train/self_generate.py")
-    try:
-        text = path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = error.object[: error.start].count(b"\n") + 1
-        raise UserError(f"dataset {name!r}, line {line}: byte {error.object[error.start]:#04x}; expected UTF-8 text") from None
-    # Not splitlines(): JSON strings may hold U+2028 and other characters that it takes for ends of lines.
-    lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
-    if not lines:
-        raise UserError(f"dataset {name!r} is empty; expected one JSON object a line: {_MESSAGES_FORM}")
-    examples = [_chat_example(line, f"dataset {name!r}, line {number}", model) for number, line in lines]
-    splits = assign_splits([example.prompt for example in examples], validation_share)
-    chosen = [example for example, its_split in zip(examples, splits, strict=True) if its_split == split]
-    provenance = {
-        "chats": name,
-        "vocab_size": model.config.vocab_size,
-        "tokenizer_hash": tokenizer_hash(model.tokenizer),
-        "validation_share": validation_share,
-    }
-    return Source(name, chosen, provenance)
-
-
-def _chat_example(line: str, where: str, model: Target) -> Example:
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: not valid JSON ({error}); expected {_MESSAGES_FORM}") from None
-    messages = record.get("messages") if isinstance(record, dict) else None
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f"{where}: no messages; expected {_MESSAGES_FORM}")
-    for message in messages:
-        if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
-            raise UserError(f"{where}: a message is {json.dumps(message)[:80]}; expected {_MESSAGES_FORM}")
-    if not any(message["role"] == "assistant" for message in messages):
-        shown = repr(" ".join(message["content"] for message in messages)[:160])
-        raise UserError(f"{where}: no message of the role 'assistant', so its response mask is empty; it reads {shown}")
-    return encode_chat(messages, where, model)
-
-
-def encode_chat(messages: Sequence[dict[str, str]], where: str, model: Target) -> Example:
-    """Tokens of a conversation, and which of them are an assistant's turn, the token that ends it included.
-
-    The template is applied message by message, and each turn is tokenized on its own, as it is when the model writes it.
-
-    Raises:
-      UserError: the template refuses the messages, or renders earlier ones otherwise once there are later ones.
-    """
-    tokenizer = model.tokenizer
-
-    def render(count: int, add_generation_prompt: bool) -> str:
-        try:
-            text = tokenizer.apply_chat_template(list(messages[:count]), tokenize=False, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # templates raise whatever jinja2 or their author chose
-            raise UserError(f"{where}: the model's chat template refuses these messages: {error}") from None
-        if halves := [character for character in text if "\ud800" <= character <= "\udfff"]:  # JSON can carry them
-            raise UserError(f"{where}: the messages have half a character, {halves[0]!r}; expected whole ones")
-        return text
-
-    tokens: list[int] = []
-    response: list[bool] = []
-    done = ""
-
-    def extend(text: str, is_response: bool) -> None:
-        nonlocal done
-        if not text.startswith(done):
-            raise UserError(f"{where}: the model's chat template renders earlier messages otherwise once message {i + 1} follows")
-        ids = tokenizer(text[len(done) :], add_special_tokens=False).input_ids
-        # What the template adds behind the end of a turn is not the model's.
-        written = next((place + 1 for place, token in enumerate(ids) if token in model.eos_ids), len(ids)) if is_response else 0
-        tokens.extend(ids)
-        response.extend(place < written for place in range(len(ids)))
-        done = text
-
-    for i, message in enumerate(messages):
-        if message["role"] == "assistant":
-            extend(render(i, add_generation_prompt=True), is_response=False)
-            extend(render(i + 1, add_generation_prompt=False), is_response=True)
-    return Example(np.array(tokens, np.int32), np.array(response, bool))

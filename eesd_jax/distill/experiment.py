@@ -5,7 +5,7 @@ at once, so that every other module works with typed, frozen, checked dataclasse
 """
 
 import dataclasses
-import pathlib
+import os
 import re
 import runpy
 import traceback
@@ -50,10 +50,10 @@ def check_config_arguments(argv: Sequence[str]) -> None:
             fields.append(match[1])
     if not paths:
         raise UserError("--config is missing; expected --config=FILE, as in configs/tiny.py")
-    path = paths[-1]
-    if not pathlib.Path(path.partition(":")[0]).is_file():
-        raise UserError(f"--config is {path!r}, and there is no such file; expected a config file, as in configs/tiny.py")
-    _try_file(path)
+    for path in paths:  # absl reads all of them, and takes the last
+        if not os.path.isfile(path.partition(":")[0]):
+            raise UserError(f"--config is {path!r}, and there is no such file; expected a config file, as in configs/tiny.py")
+        _try_file(path)
     for field in fields:
         node: Any = base_config()
         for name in field.split("."):

@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
+from eesd_jax import files
 from eesd_jax.bench import plots
 
 METRICS_NAME = "metrics.jsonl"
@@ -93,10 +94,8 @@ class Monitor:
                 if record["step"] < done or (record["step"] == done and (evaluated or not is_evaluation)):
                     self._records.append(record)
         self.positions = sum(record.get("positions", 0) for record in self._records)
-        partial = path.with_name(f".{METRICS_NAME}.partial")
-        partial.write_text("")
-        self._append(partial)
-        partial.replace(path)
+        with files.replaced(path) as partial:
+            self._append(partial)
         self._events = SummaryWriter(str(self._output / "tensorboard"), purge_step=done + 1)
         self._task = self._progress.add_task("distilling", total=self._steps, completed=done, text="")
         if done:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from eesd_jax import files
 from eesd_jax.errors import UserError
 
 _SETTINGS, _TARGET = "settings.json", "target.json"
@@ -90,9 +91,9 @@ class Journal:
         """The first process writes what all that come after must have, too."""
         path = self._folder / name
         if not path.exists():
-            partial = self._folder / f".{name}.{self._process_index}"
-            partial.write_text(json.dumps(ours, indent=2))
-            partial.replace(path)  # of processes that come together, each writes the same, or the last one's is refused by the others
+            files.write_whole(
+                path, json.dumps(ours, indent=2)
+            )  # of processes that come together, each writes the same, or the last one's is refused by the others
         _check_file(path, ours, self._output_dir)
 
     @property

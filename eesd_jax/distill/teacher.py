@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from eesd_jax import files
 from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
 from eesd_jax.errors import UserError
@@ -187,7 +188,7 @@ class FeatureCache:
                 )
             for name, (kind, shape) in kinds.items():
                 np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=kind, shape=(count, length, *shape)).flush()
-            _write_whole(about, json.dumps(described, indent=1))
+            files.write_whole(about, json.dumps(described, indent=1))
         self._arrays = {name: self._open(name, np.dtype(kind), (count, length, *shape)) for name, (kind, shape) in kinds.items()}
         self.rows = self._rows_done(folder / "rows_done")
 
@@ -248,7 +249,7 @@ class FeatureCache:
                 # Rows count as done only when they are on disk.
                 for array in self._arrays.values():
                     array.flush()
-                _write_whole(self._folder / "rows_done", str(self.rows))
+                files.write_whole(self._folder / "rows_done", str(self.rows))
                 last_flushed, flushed_at = self.rows, time.monotonic()
             yield self.rows
 
@@ -258,9 +259,3 @@ class FeatureCache:
         if get["ids"].size and not 0 <= get["ids"].min() <= get["ids"].max() < self._vocab_size:
             raise self._damaged(f"ids.npy has ids outside of the vocabulary, 0 to {self._vocab_size - 1}")
         return Features(get["hidden"], get.get("last"), TopTokens(get["ids"], get["log_probs"].astype(np.float32)))
-
-
-def _write_whole(path: pathlib.Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text)
-    partial.replace(path)

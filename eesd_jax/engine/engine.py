@@ -6,6 +6,7 @@ for piece in lm.stream("Tell me a story."): print(piece, end="", flush=True)
 """
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import math
@@ -173,10 +174,26 @@ def load(
 
 
 def use_compilation_cache() -> None:
-    """Keeps compiled programs in the user's cache, so that a second start is quick; a folder that the user configured is left alone."""
-    if jax.config.jax_compilation_cache_dir is None:
-        jax.config.update("jax_compilation_cache_dir", str(hub.cache_dir() / "compiled"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    """Keeps compiled programs in the user's cache, so that a second start is quick; a folder that the user configured is left alone.
+
+    A cache that cannot be written to is warned of once; JAX would warn of every program.
+    """
+    if jax.config.jax_compilation_cache_dir is not None:
+        return
+    folder = hub.cache_dir() / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        warnings.warn(
+            f"cache folder {str(folder)!r} cannot be written to ({error.strerror}), and programs will be compiled at every start; "
+            "EESD_JAX_CACHE names another",
+            stacklevel=2,
+        )
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 class Engine:
@@ -352,7 +369,7 @@ class Engine:
         if drafter is None:
             raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
         if drafter.branch is None and spec.kind not in control.WITHOUT_BRANCH:
-            expected = "expected plain, fixed:K or cost_aware, or an exit branch that is named"
+            expected = "expected plain, fixed:K or cost_aware, or the exit branch (--arms=exit, in a program arms=['exit'])"
             raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; {expected}")
         return drafter.controller(spec, timing.round_costs(self, batch) if drafter.needs_costs(spec) else None)
 

@@ -1,10 +1,13 @@
 """Prompt files: one JSON object a line, in the format of Spec-Bench and MT-bench."""
 
 import dataclasses
+import hashlib
 import json
-import pathlib
+import os
+from collections.abc import Sequence
 from typing import Any
 
+from eesd_jax import files
 from eesd_jax.errors import UserError
 
 _FORMS = '{"turns": ["..."]}, {"prompt": "..."} or {"messages": [{"role": "...", "content": "..."}]}'
@@ -29,16 +32,15 @@ class Conversation:
     line: int
 
 
-def read_prompts(path: str | pathlib.Path) -> list[Conversation]:
+def read_prompts(path: str | os.PathLike) -> list[Conversation]:
     """Reads a prompt file, on this machine or remote (gs://...); blank lines are skipped.
 
     Raises:
       UserError: the file is missing or empty, or a line is not what is expected (its number is named).
     """
-    is_remote = "://" in str(path)
-    path = path if is_remote else pathlib.Path(path).expanduser()
+    remote = files.is_remote(path)
     try:
-        text = _read_remote(str(path)) if is_remote else path.read_text(encoding="utf-8-sig")
+        text = _read_remote(str(path)) if remote else files.expand(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
         raise UserError(f"prompt file {str(path)!r}: no such file") from None
     except OSError as error:
@@ -72,7 +74,21 @@ def is_unicode(text: str) -> bool:
     return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
-def _parse(line: str, number: int, path: pathlib.Path) -> Conversation:
+def is_whole(value: Any) -> bool:
+    """Whether every string in a JSON value is of whole characters: JSON and argv can carry halves of them, which no file can."""
+    left = [value]
+    while left:
+        match left.pop():
+            case str() as text if not is_unicode(text):
+                return False
+            case dict() as parts:
+                left += [*parts, *parts.values()]
+            case list() as parts:
+                left += parts
+    return True
+
+
+def _parse(line: str, number: int, path: str | os.PathLike) -> Conversation:
     where = f"prompt file {str(path)!r}, line {number}"
     try:
         record = json.loads(line)
@@ -98,6 +114,7 @@ def _parse(line: str, number: int, path: pathlib.Path) -> Conversation:
     for message in history:
         if not (isinstance(message, dict) and isinstance(message.get("role"), str) and isinstance(message.get("content"), str)):
             raise UserError(f'{where}: message {_short(message)}; expected {{"role": "...", "content": "..."}}')
+    check_whole({"message": history, "category": record.get("category"), "id": record.get("id", record.get("question_id"))}, where)
     category, identity = record.get("category"), record.get("id", record.get("question_id"))
     if not isinstance(category, str | None):
         raise UserError(f"{where}: category {_short(category)}; expected a text")
@@ -106,6 +123,20 @@ def _parse(line: str, number: int, path: pathlib.Path) -> Conversation:
     return Conversation(number if identity is None else identity, category, tuple(history), tuple(turns), number)
 
 
+def check_whole(values: dict[str, Any], where: str) -> None:
+    """Raises UserError, naming the one, for a value of which a string holds half a character (a lone surrogate)."""
+    for name, value in values.items():
+        for part in value if isinstance(value, list) else [value]:
+            if not is_whole(part):
+                raise UserError(f"{where}: {name} {_short(part)} holds half a character (a lone surrogate); expected whole ones")
+
+
 def _short(value: Any, limit: int = 80) -> str:
     text = json.dumps(value)
     return text if len(text) <= limit else f"{text[:limit]}..."
+
+
+def prompts_sha256(conversations: Sequence[Conversation]) -> str:
+    """Part of a hash of all that is asked."""
+    content = json.dumps([[c.id, c.category, c.history, c.turns] for c in conversations]).encode()
+    return hashlib.sha256(content).hexdigest()[:16]

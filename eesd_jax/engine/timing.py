@@ -11,7 +11,6 @@ import math
 import os
 import pathlib
 import statistics
-import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 import eesd_jax
+from eesd_jax import files
 from eesd_jax.cluster import processes
 from eesd_jax.cluster.hardware import cpu_name
 from eesd_jax.config import SamplingConfig
@@ -208,12 +208,9 @@ def _read(path: pathlib.Path, counts: RoundCosts) -> RoundCosts | None:
 
 
 def _write(path: pathlib.Path, content: dict[str, object]) -> None:
-    """Writes a file that appears only when whole."""
+    """Keeps costs, if that can be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            partial = pathlib.Path(folder) / path.name
-            partial.write_text(json.dumps(content), encoding="utf-8")
-            partial.replace(path)
+        files.write_whole(path, json.dumps(content))
     except OSError as error:
         warnings.warn(f"what rounds cost is not kept, and will be measured at every start: {str(path)!r} ({error})", stacklevel=2)

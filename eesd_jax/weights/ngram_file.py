@@ -3,13 +3,13 @@
 import os
 import pathlib
 import re
-import tempfile
 from typing import NamedTuple
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from eesd_jax import files
 from eesd_jax.decode.sources import ngrams
 from eesd_jax.errors import UserError
 from eesd_jax.weights.branch_folder import SHIPPED
@@ -33,13 +33,8 @@ def save_ngrams(path: str | os.PathLike, entries: np.ndarray, vocab_size: int, p
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-            partial = pathlib.Path(folder, NAME)
+        with files.replaced(path) as partial:
             save_file({_ENTRIES: entries}, partial, metadata=provenance | {_VOCAB: str(vocab_size)})
-            readable = pathlib.Path(folder, "readable")
-            readable.touch()
-            partial.chmod(readable.stat().st_mode)  # safetensors makes files that only their owner can read
-            os.replace(partial, path)
     except OSError as error:
         raise UserError(f"cannot write {str(path)!r} ({error.strerror}); expected a file in a folder that can be written to") from None
 

@@ -358,13 +358,8 @@ def test_lines_that_are_no_chats_are_refused(tmp_path, model, line, message):
         data.open_split(DataConfig(path=str(path)), "unused", "train", model)
 
 
-def test_templates_that_rewrite_what_came_before_are_refused(tmp_path, model):
-    template = "{% for m in messages %}{% if loop.last or m.role == 'user' %}{{ m.content }}{% endif %};{% endfor %}"
-    forgetful = tiny.loaded_model()
-    tokenizer = type(forgetful.tokenizer)(tokenizer_object=forgetful.tokenizer.backend_tokenizer, chat_template=template)
+def test_chats_need_a_template(tmp_path, model):
     path = write_chats(tmp_path / "chats.jsonl", CHATS)
-    with pytest.raises(UserError, match="line 1: the model's chat template renders earlier messages otherwise once message"):
-        data.open_split(DataConfig(path=str(path)), "unused", "train", forgetful._replace(tokenizer=tokenizer))
-    plain = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer)
+    plain = type(model.tokenizer)(tokenizer_object=model.tokenizer.backend_tokenizer)
     with pytest.raises(UserError, match="need a chat template"):
-        data.open_split(DataConfig(path=str(path)), "unused", "train", forgetful._replace(tokenizer=plain))
+        data.open_split(DataConfig(path=str(path)), "unused", "train", model._replace(tokenizer=plain))

@@ -25,6 +25,7 @@ from eesd_jax.config import DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.engine import timing
+from eesd_jax.engine.describe import describe_drafter
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
 from eesd_jax.engine.generation import Generation, Rounds
@@ -137,7 +138,7 @@ def test_what_drafted_is_named(drafter, branch, longest_match, arms):
     model, given = drafter
     draft = dataclasses.replace(given.draft, longest_match=longest_match)
     engine = Engine(model, DecodeConfig(), given._replace(branch=given.branch if branch else None, draft=draft))
-    assert benchmark.describe_drafter(engine)["arms"] == arms
+    assert describe_drafter(engine)["arms"] == arms
 
 
 def test_every_file_of_the_contract_is_written(run):
