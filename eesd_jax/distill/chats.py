@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 
 from eesd_jax.distill.example import Example, Target
+from eesd_jax.engine.encoding import Encoder
 from eesd_jax.engine.prompts import check_whole
 from eesd_jax.errors import UserError
 
@@ -40,10 +41,11 @@ def read(path: epath.Path, model: Target) -> list[list[Example]]:
     lines = [(number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
     if not lines:
         raise UserError(f"dataset {name!r} is empty; expected one JSON object a line: {_MESSAGES_FORM}")
-    return [_read_line(line, f"dataset {name!r}, line {number}", model) for number, line in lines]
+    encoder = Encoder(model)
+    return [encode_chat(_read_line(line, where := f"dataset {name!r}, line {number}"), where, encoder) for number, line in lines]
 
 
-def _read_line(line: str, where: str, model: Target) -> list[Example]:
+def _read_line(line: str, where: str) -> list[dict[str, Any]]:
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -58,7 +60,7 @@ def _read_line(line: str, where: str, model: Target) -> list[Example]:
     if not any(message["role"] == "assistant" for message in messages):
         shown = repr(" ".join(message["content"] for message in messages)[:160])
         raise UserError(f"{where}: no message of the role 'assistant', so its response mask is empty; it reads {shown}")
-    return encode_chat(messages, where, model)
+    return messages
 
 
 class _Turn(NamedTuple):
@@ -69,7 +71,7 @@ class _Turn(NamedTuple):
     behind: list[int]
 
 
-def encode_chat(messages: Sequence[dict[str, Any]], where: str, model: Target) -> list[Example]:
+def encode_chat(messages: Sequence[dict[str, Any]], where: str, encoder: Encoder) -> list[Example]:
     """Tokens of a conversation, and which of them are an assistant's turn, the token that ends it included.
 
     Every turn is in one example. There it stands behind the very tokens that are its prompt in use.
@@ -81,7 +83,7 @@ def encode_chat(messages: Sequence[dict[str, Any]], where: str, model: Target) -
     for place, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        turn = _encode_turn(_Rendering(messages, place, where, model))
+        turn = _encode_turn(_Rendering(messages, place, where, encoder))
         if not examples or turn.prompt[: len(examples[-1][0])] != examples[-1][0]:
             examples.append(([], []))
         tokens, response = examples[-1]
@@ -96,23 +98,21 @@ class _Rendering:
 
     Attributes:
       message: the turn.
+      prompt_ids, whole_ids: of the messages before it, with the beginning of the turn, and of all with the turn, as they are in use.
       before: text of the messages before it. prompt: the same, and the beginning of the turn. whole: the same with the turn.
     """
 
-    def __init__(self, messages: Sequence[dict[str, Any]], place: int, where: str, model: Target):
-        def render(count: int, add_generation_prompt: bool) -> str:
-            try:
-                return model.tokenizer.apply_chat_template(
-                    list(messages[:count]), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            except Exception as error:  # templates raise whatever jinja2 or their author chose
-                raise UserError(f"{where}: the model's chat template refuses these messages: {error}") from None
-
-        self.model = model
-        self.message = messages[place]
-        self.prompt = render(place, add_generation_prompt=True)
-        self.whole = render(place + 1, add_generation_prompt=False)
-        self.before = render(place, add_generation_prompt=False) if place and not self.appends else ""
+    def __init__(self, messages: Sequence[dict[str, Any]], place: int, where: str, encoder: Encoder):
+        before, to_the_end = list(messages[:place]), list(messages[: place + 1])
+        self.message, self.encoder = messages[place], encoder
+        try:
+            self.prompt_ids = encoder.of_messages(before, where)
+            self.whole_ids = encoder.of_messages(to_the_end, where, add_generation_prompt=False)
+            self.prompt = encoder.render(before, where)
+            self.whole = encoder.render(to_the_end, where, add_generation_prompt=False)
+            self.before = encoder.render(before, where, add_generation_prompt=False) if before and not self.appends else ""
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
 
     @property
     def appends(self) -> bool:
@@ -120,20 +120,19 @@ class _Rendering:
         return self.whole.startswith(self.prompt)
 
     def ids(self, text: str) -> list[int]:
-        return self.model.tokenizer(text, add_special_tokens=False).input_ids
+        return self.encoder.tokenizer(text, add_special_tokens=False).input_ids
 
 
 def _encode_turn(chat: _Rendering) -> _Turn:
-    prompt = chat.ids(chat.prompt)
-    if chat.appends:
-        whole = chat.ids(chat.whole)
-        # Where the last characters of the prompt and the first of the turn would be one token, the model writes the turn's own.
-        rest = whole[len(prompt) :] if whole[: len(prompt)] == prompt else chat.ids(chat.whole[len(chat.prompt) :])
+    prompt, whole = chat.prompt_ids, chat.whole_ids
+    if whole[: len(prompt)] == prompt:
+        rest = whole[len(prompt) :]
+    elif chat.appends:  # the last characters of the prompt and the first of the turn would be one token: the model writes the turn's own
+        rest = chat.ids(chat.whole[len(chat.prompt) :])
     else:
         rest = chat.ids(_text_in_use(chat)) + chat.ids(_end_of_turn(chat))
-    eos_ids = chat.model.eos_ids
     # What the template adds behind the end of a turn is not the model's.
-    count = next((place + 1 for place, token in enumerate(rest) if token in eos_ids), len(rest))
+    count = next((place + 1 for place, token in enumerate(rest) if token in chat.encoder.end_ids), len(rest))
     return _Turn(prompt, rest[:count], rest[count:])
 
 
@@ -160,6 +159,6 @@ def _end_of_turn(chat: _Rendering) -> str:
     """What ends the turn: what the template has behind its answer, else the tokenizer's EOS."""
     answer = chat.message["content"].rpartition(_CLOSE)[2].strip()
     _, found, behind = chat.whole.rpartition(answer) if answer else ("", "", "")
-    if found and any(token in chat.model.eos_ids for token in chat.ids(behind)):
+    if found and any(token in chat.encoder.end_ids for token in chat.ids(behind)):
         return behind
-    return chat.model.tokenizer.eos_token or ""
+    return chat.encoder.tokenizer.eos_token or ""

@@ -30,18 +30,21 @@ _PRIVATE = 0xF0000  # the first of the code points that no standard gives a mean
 class Encoder:
     """Turns prompts into token ids.
 
+    Attributes:
+      tokenizer: the model's. end_ids: of the tokens that end its texts.
+
     Args:
       model: whose tokenizer, vocabulary and context these are.
     """
 
     def __init__(self, model: LoadedModel):
-        self._tokenizer: PreTrainedTokenizerBase = model.tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = model.tokenizer
         self._config = model.config
-        self._end_ids = model.eos_ids
+        self.end_ids = model.eos_ids
 
     @property
     def has_chat_template(self) -> bool:
-        return bool(self._tokenizer.chat_template)
+        return bool(self.tokenizer.chat_template)
 
     def encode(self, prompt: Any, chat: bool | None, split_special_tokens: bool | None, what: str) -> list[int]:
         """As `Engine.encode`; `what` is the prompt's name in messages."""
@@ -53,35 +56,39 @@ class Encoder:
         if in_chat or not isinstance(prompt, str):
             if not self.has_chat_template:
                 raise UserError("this model has no chat template; expected a plain text prompt (chat off)")
-            ids = self._of_messages(messages, split is not False, what)
+            ids = self.of_messages(messages, what, split=split is not False)
         else:
-            ids = self._split.core.encode(prompt).ids if split and self._has_control(prompt) else self._tokenizer(prompt).input_ids
+            ids = self._split.core.encode(prompt).ids if split and self._has_control(prompt) else self.tokenizer(prompt).input_ids
         if not ids:
             raise UserError(f"{what} {shown(prompt)} has no tokens; expected some text")
         checks.check_length(len(ids), what, self._config)
         worst, last = max(ids), self._config.vocab_size - 1
         if worst > last:  # a tokenizer may have more tokens than the model; only their use is a mistake
-            token = self._tokenizer.convert_ids_to_tokens(worst)
+            token = self.tokenizer.convert_ids_to_tokens(worst)
             raise UserError(f"{what} has the token {token!r}, whose id is {worst}; the model's vocabulary is 0 to {last}")
         return ids
 
-    def _of_messages(self, messages: list[dict[str, Any]], split: bool, what: str) -> list[int]:
+    def of_messages(
+        self, messages: list[dict[str, Any]], what: str, *, split: bool = True, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of messages through the chat template, however many; `add_generation_prompt` has the assistant's next turn begun."""
         texts: list[str] = []
         _in_texts(messages, lambda text: texts.append(text) or text)
         if not (split and any(map(self._has_control, texts))):
-            return self._tokenizer(self._render(messages, what), add_special_tokens=False).input_ids
+            return self.tokenizer(self.render(messages, what, add_generation_prompt), add_special_tokens=False).input_ids
         used = set("".join(texts))
         free = (chr(code) for code in range(_PRIVATE, 0x110000) if chr(code) not in used)
         stand_ins = dict(zip(self._split.names, free, strict=False))
         pattern, names = self._split.pattern, self._split.names
         hidden = _in_texts(messages, lambda text: pattern.sub(lambda found: stand_ins[found[0]], text))
-        text = pattern.sub(lambda found: names[found[0]], self._render(hidden, what))
+        text = pattern.sub(lambda found: names[found[0]], self.render(hidden, what, add_generation_prompt))
         text = text.translate({ord(stand_in): name for name, stand_in in stand_ins.items()})
         return self._split.core.encode(text, add_special_tokens=False).ids
 
-    def _render(self, messages: list[dict[str, Any]], what: str) -> str:
+    def render(self, messages: list[dict[str, Any]], what: str, add_generation_prompt: bool = True) -> str:
+        """Text of messages through the chat template, control tokens in them as they are."""
         try:
-            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
         except Exception as error:  # templates raise whatever jinja2 or their author chose
             raise UserError(f"the model's chat template refuses these messages: {error}") from None
         checks.check_unicode(text, what)  # messages may have more in them than a role and a content
@@ -90,22 +97,22 @@ class Encoder:
     @functools.cached_property
     def _controls(self) -> re.Pattern:
         """Finds the names of control tokens in a text."""
-        added = self._tokenizer.backend_tokenizer.get_added_tokens_decoder()
+        added = self.tokenizer.backend_tokenizer.get_added_tokens_decoder()
         names = [
             token.content
             for token_id, token in added.items()
-            if token.special or token_id in self._end_ids or _LOOKS_SPECIAL.fullmatch(token.content)
+            if token.special or token_id in self.end_ids or _LOOKS_SPECIAL.fullmatch(token.content)
         ]
         return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
     def _has_control(self, text: str) -> bool:
         """Whether a tokenizer may find a control token in a text, before it has normalised it or after."""
-        normalizer = self._tokenizer.backend_tokenizer.normalizer
+        normalizer = self.tokenizer.backend_tokenizer.normalizer
         return any(self._controls.search(form) for form in (text, normalizer.normalize_str(text) if normalizer else ""))
 
     @functools.cached_property
     def _split(self) -> "_SplitTokenizer":
-        return _SplitTokenizer(self._tokenizer.backend_tokenizer, self._controls)
+        return _SplitTokenizer(self.tokenizer.backend_tokenizer, self._controls)
 
 
 class _SplitTokenizer:

@@ -124,3 +124,30 @@ def test_files_that_cannot_be_read(write, tmp_path):
 def test_what_can_be_a_prompt():
     assert all(map(is_text, ("a", " a ", "\n日本語", "😀")))
     assert not any(map(is_text, ("", " \n", "\ud800", "a\udcff", None, 1, ["a"])))
+
+
+@pytest.mark.parametrize(
+    ("record", "named"),
+    [
+        ({"prompt": "a", "id": "\ud83d"}, r'id "\\ud83d"'),
+        ({"prompt": "a", "question_id": "x\udc00"}, "id"),
+        ({"turns": ["a"], "category": "\udfff"}, "category"),
+        ({"messages": [{"role": "system", "content": "\ud800"}, {"role": "user", "content": "a"}]}, "message"),
+        ({"messages": [{"role": "\ude00", "content": "b"}, {"role": "user", "content": "a"}]}, "message"),
+        ({"messages": [{"role": "tool", "content": "b", "calls": [{"\ud83d": 1}]}, {"role": "user", "content": "a"}]}, "message"),
+    ],
+)
+def test_whatever_is_echoed_or_rendered_is_of_whole_characters(write, record, named):
+    with pytest.raises(UserError, match=f"line 2: {named}.*holds half a character"):
+        read_prompts(write([{"prompt": "first"}, record]))
+
+
+def test_halves_that_make_a_whole_and_those_that_nobody_looks_at_do_no_harm(write):
+    text = '{"prompt": "\\ud83d\\ude00", "id": "\\ud83d\\ude00", "note": "\\ud83d"}'
+    assert read_prompts(write(text)) == [Conversation("😀", None, (), ("😀",), 1)]
+
+
+def test_a_path_that_no_file_can_have_is_refused():
+    for path in ("a\ud83d", "a\0b", "x" * 300, "~nosuchuser/x", "."):
+        with pytest.raises(UserError):
+            read_prompts(path)
