@@ -1,4 +1,4 @@
-"""The kinds of devices that JAX can use here, and one line where JAX_PLATFORMS asks for another."""
+"""Starts the devices that JAX can use here, and ends in one line where JAX_PLATFORMS asks for others."""
 
 import importlib.util
 
@@ -32,7 +32,7 @@ def start() -> None:
 
 
 def _missing(platform: str) -> str | None:
-    """What keeps a platform away, as far as that can be told."""
+    """Says why a platform cannot be used, as far as that can be told."""
     extra, modules = _EXTRAS.get(platform, (None, ()))
     if extra is None:
         return None
@@ -42,7 +42,7 @@ def _missing(platform: str) -> str | None:
 
 
 def _usable() -> str:
-    """What JAX finds if it may choose; it is left as if it had not been asked."""
+    """Finds what JAX would choose by itself, and restores its state afterwards."""
     backend.clear_backends()
     wanted = jax.config.jax_platforms
     jax.config.update("jax_platforms", None)
