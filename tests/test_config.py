@@ -134,6 +134,8 @@ def test_an_extension_added_to_rope_parameters_keeps_what_they_say():
             "layer_types has 'a'; expected 'sliding_attention'",
         ),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000; expected 10000 at most"),
+        ({"head_dim": 10**7}, "head_dim is 10000000; expected 65536 at most"),
+        ({"head_dim": None, "hidden_size": 2**30}, "head_dim is 268435456; expected 65536 at most"),
         ({"vocab_size": 10**30}, "vocab_size is 10*; expected 2147483647 at most"),
         ({"hidden_size": None}, "hidden_size is None; expected a positive integer"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),

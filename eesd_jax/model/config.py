@@ -35,7 +35,7 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     },
 }
 _LARGEST = 2**31 - 1  # sizes and positions are counted in int32
-_MOST_LAYERS = 10_000
+_MOST_LAYERS, _MOST_CHANNELS = 10_000, 2**16  # of which something is made before any weight is looked at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def _heads(fields: _Fields) -> dict[str, int]:
         raise UserError(
             f"{source}: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads}, and there is no head_dim"
         )
-    head_dim = fields.size("head_dim", default=hidden_size // num_heads)
+    head_dim = fields.size("head_dim", default=hidden_size // num_heads, most=_MOST_CHANNELS)
     if head_dim % 2:
         raise UserError(f"{source}: head_dim is {head_dim}; rotary embeddings need an even number")
     return {"hidden_size": hidden_size, "num_heads": num_heads, "num_kv_heads": num_kv_heads, "head_dim": head_dim}

@@ -55,7 +55,7 @@ def find_config(name: str) -> ModelConfig:
     if name == tiny.TINY_NAME:
         return tiny.config()
     path = pathlib.Path(name).expanduser()
-    if name == hub.DEMO_NAME or path.is_file() or hub.looks_local(name):
+    if name == hub.DEMO_NAME or path.exists() or hub.looks_local(name):
         path = hub.find_model(name)
     if path.is_file():
         return ModelConfig.from_hf(gguf.GGUFSource(path).hf_config(), str(path))

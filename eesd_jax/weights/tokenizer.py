@@ -6,6 +6,7 @@ fallback (`llama`: Llama 1/2, Mistral, TinyLlama; see `sentencepiece.py`).
 """
 
 import pathlib
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -35,13 +36,14 @@ def _words(digits: str) -> pre_tokenizers.PreTokenizer:
     return _byte_level(pre_tokenizers.Split(Regex(_WORDS % digits), behavior="isolated"), gpt2_words=False)
 
 
+_LLAMA3 = ("llama-bpe", "llama3", "llama-v3")
 # `tokenizer.ggml.pre` -> how text is cut before BPE.
 _PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "default": lambda: _byte_level(gpt2_words=True),
     "gpt-2": lambda: _byte_level(gpt2_words=True),
     "smollm": _single_digits,
     "starcoder": _single_digits,
-    "llama-bpe": lambda: _words(r"\p{N}{1,3}"),
+    **dict.fromkeys(_LLAMA3, lambda: _words(r"\p{N}{1,3}")),
     "qwen2": lambda: _words(r"\p{N}"),
     "deepseek-r1-qwen": lambda: _words(r"\p{N}"),
 }
@@ -151,7 +153,11 @@ _KINDS = {str: "a text", int: "an integer", bool: "true or false", list: "a list
 
 
 def _byte_level_bpe(fields: _Fields, vocabulary: list[str]) -> tuple[Tokenizer, bool]:
-    source, pre = fields.source, fields.get("pre", str, "default")
+    source, pre = fields.source, fields.get("pre")
+    if pre is None:
+        pre = "default"
+        told = "no metadata field tokenizer.ggml.pre, so it does not say how text is cut into words"
+        warnings.warn(f"{source.description}: {told}; GPT-2's way is taken, which may be another than the model's", stacklevel=2)
     if pre not in _PRE_TOKENIZERS:
         raise UserError(f"{source.description}: pre-tokenizer {pre!r} is not supported; supported are {', '.join(_PRE_TOKENIZERS)}")
     merges = [tuple(merge.split(" ", 1)) for merge in fields.list_of(str, "merges")]
@@ -162,7 +168,7 @@ def _byte_level_bpe(fields: _Fields, vocabulary: list[str]) -> tuple[Tokenizer, 
                 f"{source.description}: merge {' '.join(merge)!r:.80} in tokenizer.ggml.merges; expected two tokens that make a third"
             )
     types = fields.types(vocabulary)
-    is_llama3 = pre == "llama-bpe"
+    is_llama3 = pre in _LLAMA3
     core = Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=is_llama3))
     if "qwen" in pre:
         core.normalizer = normalizers.NFC()

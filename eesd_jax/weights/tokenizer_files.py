@@ -6,6 +6,7 @@ rebuild it by the model's type, with other tokens for some texts). A folder with
 `added_tokens.json` name special tokens, further tokens, and the chat template.
 """
 
+import json
 import pathlib
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,7 @@ def load(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
             from transformers import AutoTokenizer
 
             core = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
+        _check_templates(core, folder)
         core.no_truncation()  # some files were saved with what they were trained with
         core.no_padding()
         return _complete(core, settings)
@@ -54,6 +56,17 @@ def load(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{folder}: the tokenizer in this folder cannot be loaded ({reason})") from None
+
+
+def _check_templates(core: Tokenizer, folder: pathlib.Path) -> None:
+    """Raises UserError where what is put around a text has tokens that the file does not define: the library would panic at each text."""
+    state = json.loads(core.post_processor.__getstate__()) if core.post_processor else {}
+    for step in state.get("processors", [state]):
+        defined = step.get("special_tokens") if step.get("type") == "TemplateProcessing" else None
+        for piece in [*step.get("single", []), *step.get("pair", [])] if isinstance(defined, dict) else []:
+            name = piece.get("SpecialToken", {}).get("id")
+            if name is not None and name not in defined:
+                raise UserError(f"{folder}: the template of tokenizer.json puts {name!r:.80} around texts, which it does not define")
 
 
 class _Settings:

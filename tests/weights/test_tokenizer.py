@@ -100,6 +100,18 @@ def test_byte_level_tokens_equal_those_of_the_reference(pre):
         assert ours.encode(text) == reference.encode(text, add_special_tokens=False), text
 
 
+@pytest.mark.parametrize("name", ["llama3", "llama-v3"])
+def test_other_names_of_llama_3(name):
+    for text in TEXTS:
+        assert built(name).encode(text) == built("llama-bpe").encode(text)
+
+
+def test_a_file_that_does_not_say_how_text_is_cut_is_warned_of():
+    with pytest.warns(UserWarning, match=r"model\.gguf: no metadata field tokenizer\.ggml\.pre, .* GPT-2's way is taken"):
+        tokenizer = built(pre=None)
+    assert tokenizer.encode("hello 12") == built("gpt-2").encode("hello 12")
+
+
 def test_pre_tokenizers_differ():
     text = "12 345\n\nx 1234"
     assert len({tuple(built(pre).encode(text)) for pre in REFERENCES}) == len(REFERENCES)
@@ -226,7 +238,7 @@ def test_sentencepiece_by_hand():
     [
         ({"model": "bert"}, "'bert' is not supported; supported are 'gpt2' and 'llama'"),
         ({"model": None}, "None is not supported"),
-        ({"pre": "tekken"}, "'tekken' is not supported; supported are .*llama-bpe, qwen2"),
+        ({"pre": "tekken"}, "'tekken' is not supported; supported are .*llama-bpe, .*qwen2"),
         ({"tokens": None}, "no metadata field tokenizer.ggml.tokens"),
         ({"merges": None}, "no metadata field tokenizer.ggml.merges"),
         ({"model": "llama"}, "no metadata field tokenizer.ggml.scores"),

@@ -224,6 +224,19 @@ def test_files_that_cannot_be_used(tmp_path, case):
     assert "\n" not in str(caught.value)
 
 
+def test_a_template_with_a_token_that_is_not_defined(tmp_path):
+    """The library would panic, not at loading, but at each text."""
+    write(tmp_path, "Llama 3")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    for nested in (False, True):
+        content["post_processor"]["special_tokens"] = {}
+        if nested:
+            content["post_processor"] = {"type": "Sequence", "processors": [content["post_processor"]]}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(UserError, match=r"the template of tokenizer.json puts '<\|im_start\|>' around texts, which it does not define"):
+            from_folder(tmp_path)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello", b"aGVsbG8= 0\n", spm()[:1000]], ids=["empty", "text", "tiktoken", "truncated"])
 def test_model_files_that_are_none(tmp_path, content):
     write_model(tmp_path, content)
