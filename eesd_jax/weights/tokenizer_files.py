@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # it takes as long as JAX to import, and nothing needs it bef
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token", "eot_token", "eom_token")
+_UNKNOWN = "a \U0010fffe"  # a character that no vocabulary has
 _FLAGS = ("lstrip", "rstrip", "single_word", "normalized", "special")
 
 
@@ -46,6 +47,7 @@ def load(folder: pathlib.Path) -> "PreTrainedTokenizerFast":
 
             core = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False).backend_tokenizer
         _check_templates(core, folder)
+        core.encode(_UNKNOWN)  # some files name a token for it that they do not have
         core.no_truncation()  # some files were saved with what they were trained with
         core.no_padding()
         return _complete(core, settings)
@@ -184,15 +186,17 @@ def _as_it_is(token: AddedToken) -> AddedToken:
 def _complete(core: Tokenizer, settings: _Settings) -> "PreTrainedTokenizerFast":
     from transformers import PreTrainedTokenizerFast
 
-    known = core.get_added_tokens_decoder()
+    known, left_out = core.get_added_tokens_decoder(), []
     for id_, token in settings.added.items():
         found = core.token_to_id(token.content)
         if id_ == (core.get_vocab_size() if found is None else found):
             if id_ not in known:
                 core.add_tokens([token])
         elif found is None:
-            told = f"added token {token.content!r} is to be id {id_}, and the vocabulary has {core.get_vocab_size()} tokens"
-            warnings.warn(f"{settings.folder}: {told}; it is left out", stacklevel=2)
+            left_out.append(f"{token.content!r:.80} is to be id {id_}")
+    if left_out:
+        told = f"{len(left_out)} added tokens are left out, since the vocabulary has {core.get_vocab_size()} tokens and ids follow it"
+        warnings.warn(f"{settings.folder}: {told}; the first, {left_out[0]}", stacklevel=2)
     added = {token.content: token for token in core.get_added_tokens_decoder().values()}
     for text in [*settings.special.values(), *settings.extra]:
         if text in added and not added[text].special:

@@ -184,7 +184,7 @@ def test_llamas_config_decides_on_the_bos(tmp_path, told):
 
 def test_an_added_token_whose_id_is_taken_is_left_out_with_a_warning(tmp_path):
     core = write(tmp_path, "SmolLM2", added_tokens_decoder={"7": {"content": "<new>"}, str(2 + 500): {"content": tiny.TURN_END}})
-    with pytest.warns(UserWarning, match=r"added token '<new>' is to be id 7, and the vocabulary has .* left out"):
+    with pytest.warns(UserWarning, match="1 added tokens are left out, .* the first, '<new>' is to be id 7"):
         tokenizer = from_folder(tmp_path)
     assert_alike(tokenizer, core)
 
@@ -222,6 +222,16 @@ def test_files_that_cannot_be_used(tmp_path, case):
         from_folder(tmp_path)
     assert str(tmp_path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_token_for_what_is_unknown_that_is_not_there(tmp_path):
+    """The library would raise at the first text that has something unknown in it."""
+    write(tmp_path, "Llama 2")
+    content = json.loads((tmp_path / "tokenizer.json").read_text())
+    content["model"] |= {"unk_token": "<missing>", "byte_fallback": False}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"the tokenizer in this folder cannot be loaded .*<missing>"):
+        from_folder(tmp_path)
 
 
 def test_a_template_with_a_token_that_is_not_defined(tmp_path):
