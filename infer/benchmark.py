@@ -70,9 +70,14 @@ def main(argv: Sequence[str]) -> None:
             journal.append("costs", run.measure_costs(engine, batch_size)._asdict())
     options = run.Options(cli.sampling_from_flags(), batch_size, FLAGS.seed, tuple(FLAGS.stop), chat)
     with Progress(console=Console(stderr=True), redirect_stdout=False, transient=True, disable=not sys.stderr.isatty()) as progress:
-        task = progress.add_task("benchmark", total=sum(batch.turns for batch in batches) * len(names))
-        for _ in run.run_all(engine, batches, controllers, options, journal, cli.warn):
-            progress.advance(task)
+        total = sum(batch.turns for batch in batches) * len(names)
+        task = progress.add_task("benchmark", total=total)
+        try:
+            for _ in run.run_all(engine, batches, controllers, options, journal, cli.warn):
+                progress.advance(task)
+        except KeyboardInterrupt:
+            cli.note(f"[{len(journal.entries('run'))} of {total} runs are kept in {FLAGS.output_dir!r}; the same command goes on]")
+            raise
     results = {"machine": run.describe_machine(engine), "model": model_name(), "notes": notes} | report.results(journal)
     write(folder, results, journal)
     print(report.summary(results["rows"]))

@@ -314,7 +314,7 @@ def open_answers(engine: "Engine", settings: dict[str, Any], conversations: Sequ
             yield answer_file.AnswerLines(file, repr(FLAGS.output), order)
         return
     else:
-        answers = answer_file.AnswerFile(FLAGS.output, settings)
+        answers = answer_file.AnswerFile(FLAGS.output, settings, order)
     try:
         yield answers
         answers.finish()

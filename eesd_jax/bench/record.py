@@ -1,10 +1,12 @@
 """Keeps what a benchmark has measured: answers, costs of rounds, divergences of greedy answers; and the journal that holds them."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from eesd_jax import files
 from eesd_jax.engine.generation import Rounds
+from eesd_jax.errors import UserError
 
 # Passes of different widths round differently; below this difference of logits, float32 cannot tell which token is the greater.
 EXCUSED_GAP = 1e-3
@@ -94,13 +96,34 @@ class Journal(files.Journal):
         """Keeps what is done, on disk when this returns."""
         self.keep({kind: value})
 
+    def _read(self, kind: str, make: Callable[[Any], Any]) -> list[Any]:
+        try:
+            return [make(values) for values in self.entries(kind)]
+        except (AttributeError, LookupError, OverflowError, TypeError, ValueError):
+            raise UserError(f"{str(self._path)!r} has a damaged line of kind {kind!r}; expected what infer/benchmark.py wrote") from None
+
     @property
     def costs(self) -> Costs | None:
-        costs = self.entries("costs")
-        return Costs(**costs[0]) if costs else None
+        """Returns what rounds cost, where it was measured."""
+        costs = self._read("costs", _costs)
+        return costs[0] if costs else None
 
     def runs(self) -> list[Run]:
-        return [Run.from_json(values) for values in self.entries("run")]
+        """Returns all runs."""
+        return self._read("run", Run.from_json)
 
     def divergences(self) -> list[Divergence]:
-        return [Divergence(**values) for entry in self.entries("divergences") for values in entry["found"]]
+        """Returns all divergences from plain decoding."""
+        return [found for _, some in self._read("divergences", _divergences) for found in some]
+
+    def compared(self) -> set[tuple[int, int]]:
+        """Returns the batches and turns of them whose divergences are known."""
+        return {place for place, _ in self._read("divergences", _divergences)}
+
+
+def _costs(values: dict[str, Any]) -> Costs:
+    return Costs(**values)
+
+
+def _divergences(values: dict[str, Any]) -> tuple[tuple[int, int], list[Divergence]]:
+    return (int(values["batch"]), int(values["turn"])), [Divergence(**found) for found in values["found"]]

@@ -77,7 +77,7 @@ def run_all(
       warn: told of conversations that no longer fit into the model's context.
     """
     done = {(run.batch, run.turn, run.controller): run for run in journal.runs()}
-    compared = {(entry["batch"], entry["turn"]) for entry in journal.entries("divergences")}
+    compared = journal.compared()
     names, rotation = list(controllers), itertools.count()
     with watch_compilation() as compilations:
         for index, batch in enumerate(batches):

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from typing import Any, TextIO
 
 from eesd_jax import files
-from eesd_jax.engine.conversations import Place
+from eesd_jax.engine.conversations import NO_ROOM, Place
 from eesd_jax.engine.generation import Generation
 from eesd_jax.errors import UserError
 
@@ -36,6 +36,9 @@ def record(identity: str | int, turn: int, prompt: str, generation: Generation) 
         "seconds": round(generation.seconds, 4),
         "finish_reason": generation.finish_reason,
     }
+
+
+_FIELDS = {*record("", 0, "", NO_ROOM), _PLACE}
 
 
 def to_text(line: dict[str, Any]) -> str:
@@ -110,19 +113,23 @@ class AnswerFile:
     Args:
       output: the file in which all answers will be.
       settings: all that answers depend on.
+      order: the places that answers can have; without it any.
 
     Raises:
-      UserError: it cannot be written, or answers of other settings are there.
+      UserError: it cannot be written, or answers of other settings or what is no answer is there.
     """
 
-    def __init__(self, output: str, settings: dict[str, Any]):
+    def __init__(self, output: str, settings: dict[str, Any], order: Iterable[Place] = ()):
         self.partial = partial_of(output)
         self._output = output
         self._journal = _Journal(self.partial, settings)
         self._lines: dict[Place, dict[str, Any]] = {}
+        known = set(order)
         for number, line in enumerate(self._journal.lines, start=2):
             match line:
-                case {"place": [int() as index, int() as turn], "text": str(), "new_tokens": int()}:
+                case {"place": [int() as index, int() as turn], "text": str(), "new_tokens": int()} if line.keys() == _FIELDS and (
+                    not known or (index, turn) in known
+                ):
                     self._lines[index, turn] = {name: value for name, value in line.items() if name != _PLACE}
                 case _:
                     raise UserError(f"{str(self.partial)!r}, line {number} is no answer; expected another --output")

@@ -263,6 +263,22 @@ def test_a_killed_benchmark_goes_on_where_it_stopped(run, calls, monkeypatch, fi
         assert again.get("run", {}).get("answers") == once.get("run", {}).get("answers")
 
 
+def test_an_interrupted_benchmark_says_what_it_has(run, monkeypatch):
+    append = journal.Journal.append
+
+    def interrupted(keeper, kind, value):
+        if len(keeper.entries("run")) == 3:
+            raise KeyboardInterrupt
+        append(keeper, kind, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "append", interrupted)
+        result = run()
+    assert (result.code, result.out) == (130, "")
+    assert result.err.splitlines()[-1] == f"[3 of {RUNS} runs are kept in 'out'; the same command goes on]"
+    assert run().code == 0
+
+
 def test_a_finished_benchmark_is_not_run_again(run, calls):
     run()
     before = {name: pathlib.Path("out", name).read_bytes() for name in FILES}
