@@ -378,29 +378,8 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
         try:
             main(argv)
             sys.stdout.flush()
-        except UserError as error:
-            _fail(str(error))
-        except ModuleNotFoundError as error:
-            library = str(error.name).partition(".")[0]
-            if library not in _EXTRAS:
-                raise
-            extra = _EXTRAS[library]
-            _fail(f"{library} is not installed; expected the extra {extra!r}: pip install -e '.[{extra}]'")
-        except KeyboardInterrupt:
-            if sys.stderr.isatty():
-                say("")
-            if processes := _processes():
-                processes.fail("interrupted", 130, "")
-            sys.exit(130)
-        except BrokenPipeError:
-            _close_pipe()
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
-                _abandon_stdout()
-                _fail(f"cannot write {error.filename or 'output'} ({error.strerror})")
-            if processes := _processes():
-                processes.wait_for_news()
-                processes.fail(" ".join(f"{type(error).__name__}: {error}".split())[:300], 1, traceback.format_exc())
+        except BaseException as error:
+            _end(error)
             raise
         finally:
             if processes := _processes():
@@ -409,27 +388,47 @@ def run(main: Callable[[Sequence[str]], None]) -> NoReturn:
     app.run(guarded, flags_parser=parse)
 
 
+def _end(error: BaseException) -> None:
+    """Ends a command with one line for what is not a bug of ours; returns where it is one, or where the command has chosen its end."""
+    processes = _processes()
+    match error:
+        case UserError():
+            _fail(str(error))
+        case ModuleNotFoundError() if extra := _EXTRAS.get(library := str(error.name).partition(".")[0]):
+            _fail(f"{library} is not installed; expected the extra {extra!r}: pip install -e '.[{extra}]'")
+        case KeyboardInterrupt():
+            if sys.stderr.isatty():
+                say("")
+            if processes:
+                processes.fail("interrupted", 130, "")
+            _leave(130)
+        case BrokenPipeError():  # who read our output has seen enough, as in `| head`
+            _leave(1)
+        case OSError() if error.errno in _OF_THE_MACHINE:
+            _fail(f"cannot write {error.filename or 'output'} ({error.strerror})")
+        case Exception() if processes:
+            processes.wait_for_news()
+            processes.fail(" ".join(f"{type(error).__name__}: {error}".split())[:300], 1, traceback.format_exc())
+
+
+def _leave(code: int) -> NoReturn:
+    """Exits. What cannot be printed any more leads nowhere: Python would try it again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(code)
+
+
 def _print_help(command: types.ModuleType) -> NoReturn:
     try:
         print(_help(command), flush=True)
     except BrokenPipeError:
-        _close_pipe()
+        _leave(1)
     except OSError as error:
-        _abandon_stdout()
         _fail(f"cannot write stdout ({error.strerror})")
-    sys.exit(0)
-
-
-def _close_pipe() -> NoReturn:
-    """Ends quietly: who read our output has seen enough, as in `| head`."""
-    _abandon_stdout()
-    sys.exit(1)
-
-
-def _abandon_stdout() -> None:
-    """Has what is still to be printed lead nowhere: Python would try it again at its end, and complain."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _leave(0)
 
 
 def _quieten() -> None:
@@ -445,7 +444,7 @@ def _fail(message: str) -> NoReturn:
     if processes := _processes():
         processes.fail(message, 2, f"error: {message}")
     say(f"error: {message}")
-    sys.exit(2)
+    _leave(2)
 
 
 def _processes() -> types.ModuleType | None:

@@ -1,5 +1,7 @@
 """What the tests of `infer/generate.py` share: the command, loaded once a file, and models for it."""
 
+import signal
+
 import generate_command
 import pytest
 
@@ -20,3 +22,11 @@ def run(command, monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory) -> dict[str, str]:
     return generate_command.write_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def heeds_sigint():
+    """Processes started meanwhile heed it, although ours may be one that was started in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)

@@ -291,14 +291,6 @@ def test_a_reader_that_leaves_early_is_no_error(models, environment, tmp_path):
     assert list(json.loads(line)) == FIELDS
 
 
-@pytest.fixture
-def heeds_sigint():
-    """Processes started meanwhile heed it, although ours may be one that was started in the background, which ignores it."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_sigint_while_waiting_for_a_message(models, environment, tmp_path, heeds_sigint):
     process = subprocess.Popen(
         [sys.executable, SCRIPT, *model_of(models), "--controller=plain", "--max_new_tokens=2", "--output=out.jsonl"],
