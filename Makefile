@@ -5,34 +5,38 @@ BIN := $(VENV)/bin
 # The versions that were tested (requirements.lock); pyproject.toml has the lowest that are taken.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
-.PHONY: demo test test-slow test-planted test-demo test-notebooks parity report lint clean
+.PHONY: demo test test-all test-planted test-demo test-notebooks parity report lint clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
 
 # On all cores, a file of tests on one: what its tests share is made once.
-test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=15
+# Programs as XLA compiles them for users. Without this it compiles quickly and optimizes nothing: see tests/surroundings.py.
+AS_USERS := XLA_FLAGS=
 
-# Planted bugs, the rest of the grids, and several processes: a quarter of an hour on a quick machine.
-test-slow: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -m slow
+test: $(VENV)/.installed-test
+	$(PYTEST)
+
+# These and the long ones: planted bugs, the rest of the grids, several processes.
+test-all: $(VENV)/.installed-test
+	$(AS_USERS) $(PYTEST) -m "not parity and not demo and not notebooks"
 
 # The planted bugs alone, which must be seen.
 test-planted: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses=auto -m slow -k "planted or seen" tests/decode/test_losslessness.py tests/decode/test_round.py
+	$(PYTEST) --dist=load -m slow -k "planted or seen" tests/decode/test_losslessness.py tests/decode/test_round.py
 
 # The tests that need the built-in model, but for the longest.
 test-demo: $(VENV)/.installed-test
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile -m "demo and not slow"
+	$(AS_USERS) $(PYTEST) -m "demo and not slow"
 
 # Executes the notebooks, on a tiny model.
 test-notebooks: $(VENV)/.installed-notebooks
-	$(BIN)/python -m pytest --numprocesses=auto -m notebooks
+	$(AS_USERS) $(PYTEST) -m notebooks
 
 # Compares with transformers + PyTorch (CPU).
 parity: $(VENV)/.installed-parity
-	$(BIN)/python -m pytest --numprocesses=auto -m parity
+	$(AS_USERS) $(PYTEST) -m parity
 
 # PROMPTS=a.jsonl,b.jsonl; hours on a CPU, and goes on where it stopped.
 report: $(VENV)/.installed-bench

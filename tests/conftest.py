@@ -1,15 +1,20 @@
-"""What must stand in the environment before jax and huggingface_hub are imported, and fixtures of several files."""
+"""The surroundings of every test, fixtures of several files, and the times of a run."""
 
-import os
+import resource
+import time
 
 import pytest
+import surroundings
 
-# Eight CPU devices for the tests of sharding; everything else runs on the first one and is not slowed.
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=8"
-# No test may reach for the network behind our back.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+STARTED = time.monotonic()
+COMPILED = surroundings.prepare()
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What the run cost: its workers, and what they started, have ended by now."""
+    usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    cpu = sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    terminalreporter.write_line(f"took {(time.monotonic() - STARTED) / 60:.1f} minutes, {cpu / 60:.1f} CPU-minutes")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,6 +12,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import surroundings
+
 ROOT = pathlib.Path(__file__).parent.parent
 PATIENCE = 300  # seconds, for a machine that does other things as well
 
@@ -25,9 +27,9 @@ class End(NamedTuple):
 
 
 def environment(cache: pathlib.Path, devices: int = 1) -> dict[str, str]:
-    """So many virtual devices a process, and programs that are compiled once for all that use the same cache."""
-    ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "EESD_JAX_CACHE": str(cache)}
-    return os.environ | ours | {"JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    """So many virtual devices a process, and measured costs in a cache of their own."""
+    ours = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": surroundings.xla_flags(devices), "EESD_JAX_CACHE": str(cache)}
+    return os.environ | ours
 
 
 def start(

@@ -1,26 +1,25 @@
 """`benchmarks/controllers.py`: the real controllers on synthetic texts, through the command line."""
 
+import functools
 import json
-import pathlib
-import subprocess
-import sys
 
+import commands
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent.parent
 CONTROLLERS = ("plain", "fixed:2", "threshold:0.6", "beta", "beta:plain", "calibrated", "cost_aware")
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "benchmarks/controllers.py", "--prompts=2", "--tokens=24", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+@pytest.fixture(scope="module")
+def run():
+    with commands.loaded("benchmarks/controllers.py") as module:
+        yield functools.partial(commands.run, module, "--prompts=2", "--tokens=24")
 
 
-def test_every_controller_is_played_and_none_beats_the_clairvoyant(tmp_path):
+def test_every_controller_is_played_and_none_beats_the_clairvoyant(run, tmp_path):
     costs = tmp_path / "costs.json"
     costs.write_text(json.dumps({"exit": [1.0, 1.2, 1.5], "look_up": []}))  # as the decoder keeps them
     result = run(f"--cost={costs}", f"--controllers={','.join(CONTROLLERS)}", f"--json={tmp_path / 'result.json'}")
-    assert result.returncode == 0, result.stderr
+    assert result.code == 0, result.err
     found = json.loads((tmp_path / "result.json").read_text())
     assert found["cost"] == [1.0, 1.2, 1.5]
     for name, row in found["processes"].items():
@@ -32,8 +31,5 @@ def test_every_controller_is_played_and_none_beats_the_clairvoyant(tmp_path):
 
 
 @pytest.mark.parametrize("cost", ["cheap", "1", "1,0", "1,x", "{}"])
-def test_costs_that_are_none_end_with_one_line(cost):
-    result = run(f"--cost={cost}")
-    assert result.returncode == 2
-    assert result.stderr.strip().startswith(f"error: --cost is {cost!r}")
-    assert len(result.stderr.strip().splitlines()) == 1
+def test_costs_that_are_none_end_with_one_line(run, cost):
+    commands.assert_refused(run(f"--cost={cost}"), f"error: --cost is {cost!r}")

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import surroundings
 from experiments import write_dataset
 from orbax.checkpoint import v1 as ocp
 from safetensors.numpy import load
@@ -39,11 +40,9 @@ def dataset(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def environment(tmp_path_factory) -> dict[str, str]:
-    """One device a process, and programs that are compiled once for all of them."""
-    ours = {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(tmp_path_factory.mktemp("compiled"))}
-    ours |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
-    return {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | ours
+def environment() -> dict[str, str]:
+    """One device a process."""
+    return os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": surroundings.xla_flags(1)}
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import surroundings
 import tensorflow_datasets as tfds
 import tiny
 from coded import engines
@@ -425,9 +426,7 @@ def command(tmp_path, config):
 
     def start(name, *arguments):
         line = [sys.executable, str(SCRIPT), f"--config={tmp_path / 'config.py'}", f"--config.output_dir={tmp_path / name}", *arguments]
-        environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"} | {
-            "EESD_JAX_CACHE": str(tmp_path / "cache")
-        }
+        environment = os.environ | {"XLA_FLAGS": surroundings.xla_flags(1), "EESD_JAX_CACHE": str(tmp_path / "cache")}
         return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
     return start

@@ -17,6 +17,7 @@ import time
 
 import commands
 import pytest
+import surroundings
 import tiny
 from commands import Result, assert_refused
 from generate_command import CONTEXT, FIELDS, PROMPTS, read_output, write_prompts
@@ -251,8 +252,8 @@ def test_chat_refuses_bytes_that_are_no_text(run, models):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory) -> dict[str, str]:
     """As a user's, but offline, and with a cache of our own."""
-    ours = {"EESD_JAX_CACHE": str(tmp_path_factory.mktemp("cache")), "HF_HUB_OFFLINE": "1"}
-    return {name: value for name, value in os.environ.items() if name not in ("XLA_FLAGS", "TRANSFORMERS_NO_ADVISORY_WARNINGS")} | ours
+    ours = {"EESD_JAX_CACHE": str(tmp_path_factory.mktemp("cache")), "HF_HUB_OFFLINE": "1", "XLA_FLAGS": surroundings.xla_flags(1)}
+    return {name: value for name, value in os.environ.items() if name != "TRANSFORMERS_NO_ADVISORY_WARNINGS"} | ours
 
 
 def model_of(models: dict[str, str]) -> list[str]:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import surroundings
 import tiny
 from gguf import GGMLQuantizationType as GGMLType
 
@@ -264,7 +265,7 @@ def test_each_process_reads_what_its_devices_hold(tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": surroundings.xla_flags(2)}
     processes = [
         subprocess.Popen([sys.executable, "-c", PROCESS, tmp_path, address, str(i)], stdout=subprocess.PIPE, text=True, env=environment)
         for i in range(2)
