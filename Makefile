@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 demo: $(VENV)/.installed-run
 	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
 
-# On all cores, a file of tests on one: what its tests share is made once.
-PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --durations=15
+# On all cores, a file of tests on one: what its tests share is made once. In the order of the folders: those of `decode/` take longest.
+PYTEST := $(BIN)/python -m pytest --numprocesses=auto --dist=loadfile --no-loadscope-reorder --durations=15
 # Programs as XLA compiles them for users. Without this it compiles quickly and optimizes nothing: see tests/surroundings.py.
 AS_USERS := XLA_FLAGS=
 

@@ -137,7 +137,7 @@ class Parts:
         length = wait_for(wait_for(state.length, confidence_B), draw.probs)
         return state._replace(length=length, draft=state.draft._replace(exit_cache=exit_cache))
 
-    def accept(self, width: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
+    def verify(self, width: int, params: llama.Params, branch: exit_branch.ExitBranch, state: DecodeState) -> DecodeState:
         """Runs blocks N+1..L on `width` hidden states, the head, acceptance, and the exit block's keys and values."""
         depth, cache, start_B = self.draft.exit_layer, state.cache, state.length - 1
         batch = start_B.size
@@ -198,7 +198,7 @@ class Sample(NamedTuple):
     bare: float
     early: float
     exit: float
-    accept: float
+    verify: float
     decisions: float
 
     def parts(self, drafts: int) -> float:

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import types
 from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -59,11 +60,17 @@ TREES = {
     "2, second input": (2, CONTROLLERS["fixed:3"], True),
     "2, lookup": (2, LOOKUP["lookup and cost_aware"], False),
 }
-TREES_SLOW = ("2, second input", "2, lookup")
+# Cells that every run of the tests draws, one at least for each part of the law; the others are slow.
+OFTEN = ("fixed:3", "beta", "cost_aware", "2, fixed:3", "lookup and cost_aware", "n-grams alone, fixed")
 NGRAMS = jnp.asarray(ngrams.build(np.random.default_rng(0).integers(0, VOCABULARY, (20, 12)).tolist(), 1024))
 CONFIG = tiny.config(vocab_size=VOCABULARY, num_hidden_layers=3, hidden_size=16, intermediate_size=32)
 # Bonferroni over controllers x draft vocabularies x prompts x settings, at one false alarm in a thousand suites.
 BOUND = 1e-3 / ((len(CONTROLLERS) * 2 + len(DEEP) + len(TREES) + len(LOOKUP)) * len(PROMPTS) * len(SETTINGS))
+
+
+def cells(names: Iterable[str], often: Sequence[str] = OFTEN) -> list:
+    """Values of a test's parameter."""
+    return [pytest.param(name, marks=() if name in often else pytest.mark.slow) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +117,9 @@ def draw_texts(
     length = jnp.array([len(PROMPTS[p]) for p, _ in cells], jnp.int32)
     settings = Sampling(*(jnp.array([SETTINGS[s][i] for _, s in cells], dtype) for i, dtype in enumerate((float, int, float, float))))
 
+    # Arguments all: what a program holds as constants takes XLA far longer to compile.
     @jax.jit
-    def run(keys: jax.Array) -> loop.DecodeState:
+    def run(keys: jax.Array, params, branch, controller, table, prompts, length, settings) -> loop.DecodeState:
         state, exits = loop.prefill(
             CONFIG, params, branch, prompts, length, length + BUDGET, keys, exit_layer=draft.exit_layer, capacity=12, chunk=8
         )
@@ -122,7 +130,8 @@ def draw_texts(
 
         return loop.decode(step, state, jnp.int32(100))
 
-    state = run(jax.random.split(jax.random.key(0), len(cells)))
+    keys = jax.random.split(jax.random.key(0), len(cells))
+    state = run(keys, params, branch, controller, table, prompts, length, settings)
     tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
     counts = {cell: Counter() for cell in cells[: len(PROMPTS) * len(SETTINGS)]}
     for i, cell in enumerate(cells):
@@ -148,12 +157,12 @@ def smallest_p_value(counts: dict[tuple[int, int], Counter], exact: dict[tuple[i
     return min(p_value(counts[cell], exact[cell]) for cell in exact)
 
 
-@pytest.mark.parametrize("name", CONTROLLERS)
+@pytest.mark.parametrize("name", cells(CONTROLLERS))
 def test_texts_follow_the_law_of_the_target(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_texts(params, branch_of(params, [0, 2, 4]), CONTROLLERS[name]), exact) > BOUND
 
 
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", cells(DEEP, often=["cost_aware"]))
 def test_texts_follow_the_law_with_a_second_input(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_texts(params, branch_of(params, [0, 2, 4], deep_input=True), CONTROLLERS[name]), exact) > BOUND
 
@@ -166,7 +175,7 @@ def draw_with_candidates(params: llama.Params, name: str, sharpness: float = 0.1
     return draw_texts(params, branch._replace(head=sharpness * branch.head), controller, draft)
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow if name in TREES_SLOW else ()) for name in TREES])
+@pytest.mark.parametrize("name", cells(TREES))
 def test_texts_follow_the_law_with_several_candidates(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_with_candidates(params, name), exact) > BOUND
 
@@ -179,7 +188,7 @@ def draw_with_lookup(params: llama.Params, name: str) -> dict[tuple[int, int], C
     return draw_texts(params, branch, controller, draft, table)
 
 
-@pytest.mark.parametrize("name", LOOKUP)
+@pytest.mark.parametrize("name", cells(LOOKUP))
 def test_texts_follow_the_law_with_lookup(params: llama.Params, exact: dict, name: str):
     assert smallest_p_value(draw_with_lookup(params, name), exact) > BOUND
 

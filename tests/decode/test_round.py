@@ -175,7 +175,7 @@ def replacements(state: DecodeState) -> int:
     return int(np.sum((log.committed > log.accepted + 1) & (np.arange(log.committed.shape[1]) < log.rounds[:, None])))
 
 
-@pytest.mark.parametrize("deep_input", [False, True], ids=["one input", "two inputs"])
+@pytest.mark.parametrize("deep_input", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["one input", "two inputs"])
 def test_invariants_hold_with_several_candidates(deep_input: bool, plain_tokens: list[list[int]]):
     tree = make_engine(*((0, "next") if deep_input else (2, "zero")), deep_input=deep_input, candidates=3)
     for sampling in (SamplingConfig(), SamplingConfig(temperature=1.0)):

@@ -432,6 +432,7 @@ def command(tmp_path, config):
     return start
 
 
+@pytest.mark.slow  # every run cuts the journal anywhere, in this process
 def test_killed_at_any_moment_the_command_goes_on(command, tmp_path):
     journal = tmp_path / "killed" / "responses" / "00000.jsonl"
     for lines in (1, 120):

@@ -24,7 +24,7 @@ OPTIONS = DecodeConfig(max_new_tokens=12, prompt_buckets=(16,), min_capacity=64,
 PROMPTS = ([[5, 9, 200], [7]], [[250]], [[11, 12, 13, 14], [8, 9]])  # the second leaves a row empty
 
 MESHES = {"one device": None, "fsdp": {"fsdp": 2}, "tensor": {"tensor": 2}, "data": {"data": 2}}
-SLOW = ("tensor", "data")
+SLOW = ("fsdp", "tensor", "data")
 
 
 @pytest.fixture(

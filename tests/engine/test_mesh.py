@@ -138,7 +138,7 @@ def test_rows_of_other_devices_are_none_of_a_blocks_business():
     assert more == few
 
 
-@pytest.mark.parametrize("axes", [{"tensor": 4}, {"data": 2, "tensor": 2}], ids=str)
+@pytest.mark.parametrize("axes", [pytest.param({"tensor": 4}, marks=SLOW), {"data": 2, "tensor": 2}], ids=str)
 def test_caches_lie_where_their_heads_and_rows_are(axes):
     text, state = decode_program(make_engine(axes), Fixed(2))
     caches = [*state.cache.k, *state.cache.v, *state.draft.exit_cache.k, *state.draft.exit_cache.v]

@@ -186,7 +186,8 @@ def texts(engine: Engine, controller: Controller | None = None) -> list[list[int
     return [generation.token_ids for generation in found]
 
 
-@pytest.mark.parametrize("kind", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
+@pytest.mark.slow  # every run has the command's comparison below
+@pytest.mark.parametrize("kind", KINDS)
 def test_greedy_speculation_says_what_the_quantised_model_says(kind):
     """By the kernels of a CPU, by XLA, and on a mesh; and that is not what the model says as it is."""
     costs = RoundCosts(exit=(1.0, 1.0, 1.0), look_up=(1.0, 1.0, 1.0))  # not those of this machine, which depend on what else it does
