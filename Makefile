@@ -20,7 +20,7 @@ test: $(VENV)/.installed-test
 
 # These and the long ones: planted bugs, the rest of the grids, several processes.
 test-all: $(VENV)/.installed-test
-	$(AS_USERS) $(PYTEST) -m "not parity and not demo and not notebooks"
+	$(PYTEST) -m "not parity and not demo and not notebooks"
 
 # The planted bugs alone, which must be seen.
 test-planted: $(VENV)/.installed-test
