@@ -1,6 +1,8 @@
 """Early-exiting speculative decoding with Thompson-sampling control, in JAX."""
 
+import functools
 import importlib
+import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from eesd_jax.config import DecodeConfig, SamplingConfig
@@ -22,3 +24,14 @@ def __getattr__(name: str) -> Any:
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+@functools.cache
+def load_kernels(platform: str) -> None:
+    """Imports the kernels for a platform, which register themselves in `model/ops.py`; where there are none, all runs in plain JAX.
+
+    Nothing else imports them. So only programs for a CPU load LLVM, and the package works without its folder `kernels/`.
+    """
+    rooms = (f"{__name__}.kernels", f"{__name__}.kernels.{platform}")
+    if all(importlib.util.find_spec(room) is not None for room in rooms):
+        importlib.import_module(rooms[-1])

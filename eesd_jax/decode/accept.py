@@ -16,7 +16,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.decode.sampling import Sampling, best_token, pick, probabilities, probability, warp
+from eesd_jax.decode.sampling import Sampling, pick, probabilities, probability, warp
+from eesd_jax.model import ops
 
 
 class Others(NamedTuple):
@@ -96,7 +97,7 @@ def _may_be_replaced(drafts: Drafts, accepted_B: jax.Array) -> jax.Array:
 def accept_greedy(drafts: Drafts, logits_BxTxV: jax.Array) -> Verdict:
     """Keeps the drafts that are the target's own argmax."""
     batch, drafted, others = drafts.others.tokens.shape
-    target_BxT = best_token(logits_BxTxV)
+    target_BxT = ops.argmax(logits_BxTxV)
     ours = jnp.arange(drafted) < drafts.count[:, None]
     accepted = _leading(ours & (drafts.tokens == target_BxT[:, :drafted]))
     token, other = _at(target_BxT, accepted), jnp.full(batch, -1)

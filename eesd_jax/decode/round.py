@@ -107,7 +107,7 @@ def _draft(
         tokens = jnp.where(jnp.arange(max_draft) < looked[:, None], found.tokens, nothing)
         text_BxW = jnp.concatenate([last[:, None], tokens], axis=1)
 
-        def at_width(width: int) -> tuple[jax.Array, kv.KVCache | kv.Gathered]:
+        def at_width(width: int) -> tuple[jax.Array, kv.Held]:
             x, new = early(text_BxW[:, :width], jnp.int32(0), caches)
             return jnp.pad(x, ((0, 0), (0, max_draft + 1 - width), (0, 0))), kv.hold(new, max_draft + 1)
 
@@ -210,8 +210,8 @@ class _Verified(NamedTuple):
     verdict: accept.Verdict
     output: jax.Array
     deep: jax.Array | None
-    late: kv.KVCache | kv.Gathered
-    exit_entries: kv.KVCache | kv.Gathered | None
+    late: kv.Held
+    exit_entries: kv.Held | None
 
 
 def _verify(
@@ -241,7 +241,7 @@ def _verify(
         draft_ids = jnp.zeros(0, jnp.int32) if branch is None else branch.draft_ids
         verdict = accept.accept(keys_B, drafts, draft_ids, llama.logits(config, params, x), sampling)
 
-        def along_text(entries: kv.KVCache) -> kv.KVCache | kv.Gathered:
+        def along_text(entries: kv.KVCache) -> kv.Held:
             if tree is not None:
                 entries = kv.take(entries, _slots_of_text(verdict, width))
             return kv.hold(entries, draft.max_draft + 1)

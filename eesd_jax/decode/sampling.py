@@ -13,10 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.kernels.cpu import calls
+from eesd_jax.model import ops
 
 _BLOCK = 128  # tokens whose probabilities are summed first
-_GROUP = 64  # tokens of which the best is found first
 _BITS_OF_ONE = 0x3F800000  # of the float32 1.0: the largest weight
 
 
@@ -85,20 +84,8 @@ def _top_p_floor(weights: jax.Array, top_p: jax.Array) -> jax.Array:
     return jnp.where(top_p >= 1, 0, floor)
 
 
-def best_token(logits: jax.Array) -> jax.Array:
-    """The most probable token, of several the first: int32 [...] of logits [..., V]."""
-    vocabulary = logits.shape[-1]
-    if vocabulary % _GROUP or not calls.possible():
-        return jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    # XLA's argmax for CPU looks at one number after the other, its maximum at many.
-    groups = logits.reshape(*logits.shape[:-1], -1, _GROUP)
-    group = jnp.argmax(jnp.max(groups, axis=-1), axis=-1)
-    chosen = jnp.take_along_axis(groups, group[..., None, None], axis=-2)[..., 0, :]
-    return (group * _GROUP + jnp.argmax(chosen, axis=-1)).astype(jnp.int32)
-
-
 def _greedy(logits_BxV: jax.Array) -> Draw:
-    token = best_token(logits_BxV)
+    token = ops.argmax(logits_BxV)
     return Draw(token, jax.nn.one_hot(token, logits_BxV.shape[-1], dtype=jnp.float32))
 
 
@@ -127,7 +114,7 @@ def warp(logits: jax.Array, sampling: Sampling) -> Warped:
         jnp.any(sampling.top_p < 1), lambda: jnp.maximum(floor, _top_p_floor(weights(floor), sampling.top_p)), lambda: floor
     )
     floor = jnp.maximum(floor, sampling.min_p)  # of the largest weight, which is 1
-    best = jax.lax.cond(jnp.any(greedy), lambda: best_token(logits), lambda: jnp.zeros(top.shape, jnp.int32))
+    best = jax.lax.cond(jnp.any(greedy), lambda: ops.argmax(logits), lambda: jnp.zeros(top.shape, jnp.int32))
     return Warped(temperature, top, floor, jnp.sum(weights(floor), axis=-1), jnp.where(greedy, best, -1))
 
 

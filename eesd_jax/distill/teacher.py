@@ -22,11 +22,10 @@ from eesd_jax import files
 from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, quantized
+from eesd_jax.model import llama, ops, quantized
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.quantized import Quantized
 
-_TOP_GROUP = 128
 _SECONDS_TO_FLUSH = 60  # the most that a kill costs of a cache
 
 
@@ -99,7 +98,7 @@ def _depth(stacked: llama.Params) -> int:
 def attention_mask(segments_BxT: jax.Array) -> jax.Array:
     """Bool [B, T, T]: a token sees itself and what came before it in its own segment."""
     same = segments_BxT[:, :, None] == segments_BxT[:, None, :]
-    return same & llama.causal_mask(segments_BxT.shape[1])
+    return same & ops.causal_mask(segments_BxT.shape[1])
 
 
 def hidden_states(
@@ -132,25 +131,11 @@ def top_tokens(trunk: Trunk, last_BxTxD: jax.Array, count: int, chunk: int) -> T
     """The most probable tokens at every position, logits of `chunk` positions of each row at a time."""
 
     def top(part_BxCxD: jax.Array) -> TopTokens:
-        log_probs, ids = top_k(jax.nn.log_softmax(teacher_logits(trunk, part_BxCxD)), count)
+        log_probs, ids = ops.top_k(jax.nn.log_softmax(teacher_logits(trunk, part_BxCxD)), count)
         return TopTokens(ids, log_probs)
 
     found = jax.lax.map(top, split_positions(last_BxTxD, chunk))
     return jax.tree.map(lambda x: join_positions(x, last_BxTxD.shape[1]), found)
-
-
-def top_k(x: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
-    """`jax.lax.top_k` of a wide last axis, which XLA for CPU sorts whole: here only the groups of it that have the greatest maxima."""
-    groups = -(-x.shape[-1] // _TOP_GROUP)
-    if groups <= 2 * count:
-        return jax.lax.top_k(x, count)
-    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * _TOP_GROUP - x.shape[-1])], constant_values=-jnp.inf)
-    grouped = padded.reshape(*x.shape[:-1], groups, _TOP_GROUP)
-    # In increasing order, so that of equal values the first is taken, as `lax.top_k` does.
-    chosen = jnp.sort(jax.lax.top_k(jnp.max(grouped, axis=-1), count)[1], axis=-1)
-    kept = jnp.take_along_axis(grouped, chosen[..., None], axis=-2).reshape(*x.shape[:-1], count * _TOP_GROUP)
-    values, places = jax.lax.top_k(kept, count)
-    return values, jnp.take_along_axis(chosen, places // _TOP_GROUP, axis=-1) * _TOP_GROUP + places % _TOP_GROUP
 
 
 class FeatureCache:

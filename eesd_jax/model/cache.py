@@ -6,13 +6,16 @@ length says what is valid, and masks look at lengths.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.kernels.cpu import cache as cpu_cache
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.ops import Operation
+
+# What `hold` makes of new entries: a pytree that only `write` looks into.
+Held = Any
 
 
 class KVCache(NamedTuple):
@@ -35,32 +38,21 @@ def empty(config: ModelConfig, batch: int, capacity: int, dtype: jnp.dtype, bloc
     return KVCache(keys, values)
 
 
-class Gathered(NamedTuple):
-    """New entries of all blocks as one array, on a CPU (see `cpu_cache`): float32 [A, room], and how many tokens they are of, int32."""
-
-    array: jax.Array
-    tokens: jax.Array
-
-
-def hold(entries: KVCache, slots: int) -> KVCache | Gathered:
-    """New entries for `write`, of one shape whatever their number of tokens, so that they can leave a conditional.
+@Operation
+def hold(entries: KVCache, slots: int) -> Held:
+    """Gives new entries one shape, whatever their number of tokens, so that they can leave a conditional.
 
     Args:
-      entries: [B, K, H, T] and [B, K, T, H] of each block, T at most `slots`.
+      entries: [B, K, H, T] and [B, K, T, H] of each block, T at most `slots`; there may be no block.
       slots: tokens that there is room for.
 
     Returns:
-      In float32 on a CPU one array with their number; elsewhere entries of `slots` tokens, of which the last are zeros.
+      Something for `write`: here entries of `slots` tokens, of which the last are zeros.
     """
-    if not entries.k:  # no block drafts
-        return entries
-    batch, heads, channels, tokens = entries.k[0].shape
-    if not cpu_cache.usable(entries.k[0]):
-        return pad(entries, slots - tokens)
-    return Gathered(cpu_cache.gather(entries.k + entries.v, batch * heads * channels * slots), jnp.int32(tokens))
+    return pad(entries, slots - entries.k[0].shape[3]) if entries.k else entries
 
 
-def write(cache: KVCache, new: KVCache | Gathered, start_B: jax.Array, after: jax.Array) -> KVCache:
+def write(cache: KVCache, new: KVCache | Held, start_B: jax.Array, after: jax.Array) -> KVCache:
     """Writes the new entries of one pass of T tokens at each row's own position.
 
     Args:
@@ -72,12 +64,12 @@ def write(cache: KVCache, new: KVCache | Gathered, start_B: jax.Array, after: ja
     """
     # Zero, but XLA does not know: it cannot rule out a NaN. Each row looks at its own, so that devices need not tell each other.
     start_B = start_B + jnp.isnan(after[:, *[0] * (after.ndim - 1)]).astype(jnp.int32)
+    return write_at(cache, new, start_B)
 
-    if isinstance(new, KVCache) and new.k and cpu_cache.usable(new.k[0]):
-        new = hold(new, new.k[0].shape[3])
-    if isinstance(new, Gathered):
-        caches, blocks = cpu_cache.scatter(cache.k + cache.v, new.array, new.tokens, start_B), len(cache.k)
-        return KVCache(caches[:blocks], caches[blocks:])
+
+@Operation
+def write_at(cache: KVCache, new: KVCache | Held, start_B: jax.Array) -> KVCache:
+    """Writes new entries, or what `hold` made of them, from the slot start_b (int32 [B]) of each row on."""
     keys = tuple(_write_rows(old, entries, start_B, 2) for old, entries in zip(cache.k, new.k, strict=True))
     values = tuple(_write_rows(old, entries, start_B, 1) for old, entries in zip(cache.v, new.v, strict=True))
     return KVCache(keys, values)

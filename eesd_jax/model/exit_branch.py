@@ -23,7 +23,7 @@ from eesd_jax.kernels.cpu import codes as cpu_codes
 from eesd_jax.kernels.cpu import integers
 from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.kernels.cpu.integers import Integers
-from eesd_jax.model import llama, quantized, sharding
+from eesd_jax.model import llama, ops, quantized, sharding
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.tree import Tree
@@ -190,7 +190,7 @@ def run_exit_block(
       The residual stream behind the exit block [B, T, D], and the block's new keys and values.
     """
     offset_T = jnp.arange(h_BxTxD.shape[1]) if tree is None else jnp.asarray(tree.offsets)
-    rot = llama.rotation(config, start_B, offset_T)
+    rot = ops.rotation(config, start_B, offset_T)
     cached = (None, None) if cache is None else (cache.k[0], cache.v[0])
     mask = None if tree is None else jnp.asarray(tree.mask)
     block = llama.Block(config)

@@ -12,7 +12,6 @@ the dtype of the arithmetic is that of the norms. Params that decode may carry t
 (`with_codes`).
 """
 
-import functools
 import itertools
 import math
 from collections.abc import Iterable
@@ -22,13 +21,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.kernels.cpu import attention as cpu_attention
 from eesd_jax.kernels.cpu import calls, integers
 from eesd_jax.kernels.cpu import codes as cpu_codes
 from eesd_jax.kernels.cpu import rows as cpu_rows
 from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.kernels.cpu.integers import Integers
-from eesd_jax.model import quantized, rope
+from eesd_jax.model import ops, quantized, rope
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.quantized import Quantized
@@ -37,20 +35,9 @@ from eesd_jax.model.tree import Tree
 Params = dict[str, Any]
 
 _CPU_SPLITS = 2
-_READ_AT_LEAST = 1024  # slots of a cache
 # Rows, one for every group of inputs, up to which a product costs less than to write out the weight: the arithmetic of reading it once.
 _MOST_GROUP_ROWS = 256
 _CODES, _HEAD_CODES = "codes", "head_codes"
-
-
-def _precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    # On accelerators the default for float32 operands is not float32 arithmetic; asking for float32 means it here.
-    return jax.lax.Precision.HIGHEST if dtype == jnp.float32 else jax.lax.Precision.DEFAULT
-
-
-def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array:
-    """`jnp.einsum` that computes in the arithmetic its operands' dtype promises."""
-    return jnp.einsum(formula, x, y, precision=_precision(x.dtype), **kwargs)
 
 
 def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Integers | None = None, **kwargs: Any) -> jax.Array:
@@ -67,8 +54,8 @@ def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Integ
         # XLA multiplies one row by a matrix on a single core. As a batch of products it uses them all, and reads memory at full speed.
         split_CxOxI = weight_OxI.reshape(_CPU_SPLITS, -1, weight_OxI.shape[1])
         repeated_CxRxI = jnp.broadcast_to(rows, (_CPU_SPLITS, *rows.shape))
-        return einsum("cri,coi->cro", repeated_CxRxI, split_CxOxI, **kwargs).reshape(*x.shape[:-1], -1)
-    return einsum("ri,oi->ro", rows, weight_OxI, **kwargs).reshape(*x.shape[:-1], -1)
+        return ops.einsum("cri,coi->cro", repeated_CxRxI, split_CxOxI, **kwargs).reshape(*x.shape[:-1], -1)
+    return ops.einsum("ri,oi->ro", rows, weight_OxI, **kwargs).reshape(*x.shape[:-1], -1)
 
 
 def _linear_quantized(x: jax.Array, weight_OxI: Quantized, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
@@ -98,86 +85,6 @@ def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return normed.astype(x.dtype) * scale_D
-
-
-def attention(
-    q_BxTxNxH: jax.Array,
-    new_k: jax.Array,
-    new_v: jax.Array,
-    cached_k: jax.Array | None,
-    cached_v: jax.Array | None,
-    start_B: jax.Array,
-    mask_TxT: jax.Array | None,
-    window: jax.Array | int | None,
-    offset_T: jax.Array | None = None,
-) -> jax.Array:
-    """Grouped-query attention of this pass's tokens over the valid cache and over each other.
-
-    The two parts share one softmax without being concatenated: nothing of the cache's size is copied.
-
-    Args:
-      q_BxTxNxH: rotated queries.
-      new_k, new_v: [B, K, H, T] and [B, K, T, H], this pass's own (rotated) keys and values.
-      cached_k, cached_v: [B, K, H, S] and [B, K, S, H], or None where nothing came before.
-      start_B: int32 [B]; row b's cache is valid in [0, start_b), and its tokens stand at positions start_b + offset_t.
-      mask_TxT: bool [T, T] or [B, T, T], which of this pass's tokens see which (segments, when packed); None: all before, and self.
-      window: attend to the last `window` positions only, self included; None for all.
-      offset_T: int32 [T]; None: 0, 1, 2, ...
-
-    Returns:
-      [B, T, N, H] in the queries' dtype; softmax in float32.
-    """
-    batch, length, heads, head_dim = q_BxTxNxH.shape
-    kv_heads = new_k.shape[1]
-    q_BxTxNxH = q_BxTxNxH * head_dim**-0.5
-    if mask_TxT is None and cached_k is not None and cpu_attention.usable(q_BxTxNxH, cached_k, window):
-        return cpu_attention.cached_attention(q_BxTxNxH, new_k, new_v, cached_k, cached_v, start_B, window)
-    q = q_BxTxNxH.reshape(batch, length, kv_heads, heads // kv_heads, head_dim).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
-    mask_TxT = causal_mask(length) if mask_TxT is None else mask_TxT
-    offset_T = jnp.arange(length) if offset_T is None else offset_T
-
-    def scores(keys: jax.Array, visible: jax.Array) -> jax.Array:
-        raw = einsum("bkgth,bkhs->bkgts", q, keys, preferred_element_type=jnp.float32)
-        return jnp.where(visible, raw, -jnp.inf)
-
-    if window is not None:
-        mask_TxT = mask_TxT & (offset_T[:, None] - offset_T[None, :] < window)
-    mask = mask_TxT if mask_TxT.ndim == 2 else mask_TxT[:, None, None]
-    if cached_k is None:
-        # Queries of all heads of a group as rows of one matrix: then XLA multiplies the gradient's matrices, too, as they lie.
-        rows = q.reshape(batch, kv_heads, -1, head_dim)
-        raw = einsum("bkrh,bkhs->bkrs", rows, new_k, preferred_element_type=jnp.float32)
-        new_scores = jnp.where(mask, raw.reshape(*q.shape[:4], length), -jnp.inf)
-        # Finite, as every token sees itself; it changes nothing but the rounding, so it has no gradient.
-        peak = jax.lax.stop_gradient(jnp.max(new_scores, axis=-1, keepdims=True))
-        weights = jnp.exp(new_scores - peak)
-        total = jnp.sum(weights, axis=-1, keepdims=True)
-        rows = weights.astype(new_v.dtype).reshape(batch, kv_heads, -1, length)
-        out = einsum("bkrs,bksh->bkrh", rows, new_v, preferred_element_type=jnp.float32).reshape(q.shape)
-    else:
-
-        def over(size: int) -> tuple[jax.Array, jax.Array]:
-            """With the first `size` slots of the cache: the sum of values, and of weights."""
-            k, v = cached_k[..., :size], cached_v[:, :, :size]
-            slot_S = jnp.arange(k.shape[3])
-            visible = (slot_S < start_B[:, None])[:, None]  # [B, 1, S]
-            if window is not None:
-                position_BxT = start_B[:, None] + offset_T
-                visible = visible & (position_BxT[:, :, None] - slot_S < window)  # [B, T, S]
-            new_scores, old_scores = scores(new_k, mask), scores(k, visible[:, None, None])
-            peak = jnp.maximum(jnp.max(new_scores, axis=-1, keepdims=True), jnp.max(old_scores, axis=-1, keepdims=True))
-            new_weights, old_weights = jnp.exp(new_scores - peak), jnp.exp(old_scores - peak)
-            total = jnp.sum(new_weights, axis=-1, keepdims=True) + jnp.sum(old_weights, axis=-1, keepdims=True)
-            out = einsum("bkgts,bksh->bkgth", old_weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-            out += einsum("bkgts,bksh->bkgth", new_weights.astype(new_v.dtype), new_v, preferred_element_type=jnp.float32)
-            return out, total
-
-        # Masks hide what is not valid, but it would be read: of a long cache no more than the longest row needs, in a few steps of size.
-        sizes = _sizes_to_read(cached_k.shape[3])
-        choice = jnp.searchsorted(jnp.array(sizes), jnp.max(start_B))
-        out, total = jax.lax.switch(choice, [functools.partial(over, size) for size in sizes])
-    out = (out / total).astype(q_BxTxNxH.dtype)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_dim)
 
 
 class Block(nn.Module):
@@ -219,7 +126,14 @@ class Block(nn.Module):
         window: jax.Array | int | None,
         offset_T: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the residual stream [B, T, D] and this pass's keys [B, K, H, T] and values [B, K, T, H]. Arguments as in `attention`."""
+        """Returns the residual stream [B, T, D] and this pass's keys [B, K, H, T] and values [B, K, T, H].
+
+        Args:
+          x_BxTxD: the residual stream before the block.
+          rot: of `ops.rotation`.
+          cached_k, cached_v, start_B: as in `ops.cached_attention`; None, None and zeros where nothing came before.
+          mask_TxT, window, offset_T: as in `ops.Visible`.
+        """
         c = self.config
         x = x_BxTxD
         ones, zeros = nn.initializers.ones, nn.initializers.zeros
@@ -237,9 +151,13 @@ class Block(nn.Module):
         if c.qk_norm:
             q = rms_norm(q, self._weight("q_norm", ones, **head_dim), c.norm_eps)
             k = rms_norm(k, self._weight("k_norm", ones, **head_dim), c.norm_eps)
-        q, k = rope.rotate(q, rot), rope.rotate(k, rot)
+        q, k = rope.rotate(q, rot) * c.head_dim**-0.5, rope.rotate(k, rot)
         k, v = k.transpose(0, 2, 3, 1), v.swapaxes(1, 2)  # [B, K, H, T], [B, K, T, H]
-        attended = attention(q, k, v, cached_k, cached_v, start_B, mask_TxT, window, offset_T)
+        visible = ops.Visible(mask_TxT, window, offset_T)
+        if cached_k is None:
+            attended = ops.attention(q, k, v, visible)
+        else:
+            attended = ops.cached_attention(q, k, v, cached_k, cached_v, start_B, visible)
         (out,) = self._linear(attended.reshape(*x.shape[:2], -1), heads, wo=embed)
         if c.out_bias:
             out += self._weight("bo", zeros, **embed)
@@ -254,19 +172,6 @@ class Block(nn.Module):
         if c.mlp_bias:
             out += self._weight("b_down", zeros, **embed)
         return x + out, k, v
-
-
-def _sizes_to_read(capacity: int) -> tuple[int, ...]:
-    """Of a cache with that many slots: how many are read at once, one of these; each costs compile time."""
-    sizes = [capacity]
-    while sizes[0] > _READ_AT_LEAST:
-        sizes.insert(0, -(-sizes[0] // 2))
-    return tuple(sizes)
-
-
-def causal_mask(length: int) -> jax.Array:
-    """Bool [T, T]: token t sees tokens 0..t."""
-    return jnp.tril(jnp.ones((length, length), bool))
 
 
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
@@ -299,7 +204,7 @@ def forward_blocks(
       The residual stream after the last of `layers` [B, T, D], and the new keys and values of those blocks (tuples of len(layers)).
     """
     offset_T = jnp.arange(x_BxTxD.shape[1]) if tree is None else jnp.asarray(tree.offsets)
-    rot = rotation(config, start_B, offset_T)
+    rot = ops.rotation(config, start_B, offset_T)
     of_tree = (None, None) if tree is None else (jnp.asarray(tree.mask), offset_T)
     # Blocks with the same window are traced once; inlined, they make the same program as without this jit.
     run_block = jax.jit(Block(config).apply, static_argnums=7, inline=True)
@@ -311,19 +216,6 @@ def forward_blocks(
         keys.append(k)
         values.append(v)
     return x, KVCache(tuple(keys), tuple(values))
-
-
-def rotation(config: ModelConfig, start_B: jax.Array, offset_T: jax.Array) -> rope.Rotation:
-    """Rotation of a pass's tokens at positions start_b + offset_t (int32 [B] and [T]), taken once a pass."""
-
-    def take() -> rope.Rotation:
-        return rope.rotation(config.rope, config.head_dim, start_B[:, None] + offset_T)
-
-    if not calls.possible():
-        return take()
-    # Sines and cosines are dear on a CPU, and XLA takes them anew for every head of every block, unless it cannot look behind a condition.
-    nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(take))
-    return jax.lax.cond(jnp.any(start_B >= 0), take, lambda: nothing)
 
 
 def scan_blocks(

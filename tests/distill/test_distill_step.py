@@ -16,7 +16,7 @@ from eesd_jax.distill.layout import make_layout
 from eesd_jax.errors import UserError
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import cache as kv
-from eesd_jax.model import exit_branch, llama, quantized, sharding
+from eesd_jax.model import exit_branch, llama, ops, quantized, sharding
 
 MESHES = {"data 8": (8, 1, 1), "data 4, fsdp 2": (4, 2, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 MORE_MESHES = {"data 4, tensor 2": (4, 1, 2), "fsdp 2, tensor 4": (1, 2, 4), "fsdp 8": (1, 8, 1), "tensor 8": (1, 1, 8)}
@@ -204,5 +204,5 @@ def test_packed_examples_do_not_see_each_other(packed):
 @pytest.mark.parametrize(("wide", "count"), [(49152, 16), (1000, 3), (300, 16)])
 def test_the_most_probable_tokens_are_those_of_a_whole_sort(wide, count):
     x = jnp.round(jax.random.normal(jax.random.key(0), (3, 5, wide)) * 4) / 4  # many are equal
-    for found, expected in zip(jax.jit(teacher.top_k, static_argnums=1)(x, count), jax.lax.top_k(x, count), strict=True):
+    for found, expected in zip(jax.jit(ops.top_k, static_argnums=1)(x, count), jax.lax.top_k(x, count), strict=True):
         np.testing.assert_array_equal(found, expected)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax.kernels.cpu import attention, calls
+from eesd_jax.kernels.cpu import attention
 from eesd_jax.model import cache as kv
-from eesd_jax.model import llama
+from eesd_jax.model import llama, ops
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel for CPUs")
 
@@ -43,7 +43,7 @@ def attend(q, k, v, starts, window, slots: int) -> jax.Array:
         new_k[b], new_v[b] = k[b, :, start : start + tokens], v[b, :, start : start + tokens]
     arguments = (q, new_k.swapaxes(2, 3), new_v, old_k.swapaxes(2, 3), old_v, np.array(starts, np.int32))
     # A function of its own, so that nothing traced with other registers is used.
-    call = jax.jit(lambda *arguments: attention.cached_attention(*arguments, window))
+    call = jax.jit(lambda *arguments: attention.cached_attention(*arguments, ops.Visible(window=window)))
     return call(*(jnp.asarray(array) for array in arguments))
 
 
@@ -102,15 +102,17 @@ def test_no_number_hides_one_that_is_none():
     assert np.isfinite(attend(q, k, v, [20], 4, 32)).all()
 
 
-def test_other_sizes_dtypes_and_meshes_are_left_to_xla():
+def test_other_sizes_dtypes_and_masks_are_left_to_xla():
+    def accepted(q: jax.Array, cached_k: jax.Array, visible: ops.Visible = ops.Visible()) -> bool:
+        return attention.accepts(q, None, None, cached_k, None, None, visible)
+
     q, cached = jnp.zeros((1, 1, 2, 16)), jnp.zeros((1, 1, 16, 32))
-    assert attention.usable(q, cached, None)
-    assert not attention.usable(jnp.zeros((1, 1, 2, 12)), cached, None)
-    assert not attention.usable(q, cached[..., :30], None)
-    assert not attention.usable(q.astype(jnp.bfloat16), cached, None)
-    assert not attention.usable(q, cached, jnp.int32(4))
-    with calls.on_mesh(True):
-        assert not attention.usable(q, cached, None)
+    assert accepted(q, cached) and accepted(q, cached, ops.Visible(window=4))
+    assert not accepted(jnp.zeros((1, 1, 2, 12)), cached)
+    assert not accepted(q, cached[..., :30])
+    assert not accepted(q.astype(jnp.bfloat16), cached)
+    assert not accepted(q, cached, ops.Visible(window=jnp.int32(4)))
+    assert not accepted(q, cached, ops.Visible(mask=jnp.ones((1, 1), bool)))
 
 
 def test_decoding_passes_use_it_and_agree_with_xla():
@@ -125,6 +127,6 @@ def test_decoding_passes_use_it_and_agree_with_xla():
 
     assert attention.TARGET in jax.jit(run).lower(x).as_text()
     ours = run(x)
-    with calls.on_mesh(True):
+    with ops.kernels_for(ops.PLAIN):
         assert attention.TARGET not in jax.jit(lambda x: run(x)).lower(x).as_text()
         np.testing.assert_allclose(ours, run(x), rtol=1e-5, atol=1e-5)

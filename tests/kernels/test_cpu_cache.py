@@ -7,8 +7,8 @@ import pytest
 import tiny
 
 from eesd_jax.kernels.cpu import cache as cpu_cache
-from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import cache as kv
+from eesd_jax.model import ops
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="kernels for CPUs")
 
@@ -40,7 +40,7 @@ def test_writes_what_xla_writes(batch, tokens, held):
     start_B = jnp.asarray(np.resize([7, 0, SLOTS - tokens, SLOTS + 9, 20], batch), jnp.int32)
     program, ours = written(cache, new, start_B, held=held)
     assert cpu_cache.SCATTER in program
-    with calls.on_mesh(True):
+    with ops.kernels_for(ops.PLAIN):
         program, theirs = written(cache, new, start_B, held=False)
         assert cpu_cache.SCATTER not in program
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):

@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from eesd_jax.model import cache as kv
-from eesd_jax.model import llama
+from eesd_jax.model import llama, ops
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.weights.load import load_params
 from eesd_jax.weights.safetensors import INDEX_NAME, SafetensorsSource
@@ -97,9 +97,7 @@ def whole_pass(config, params, tokens):
 def scanned(config, params, tokens):
     def run(params, tokens):
         positions = jnp.broadcast_to(jnp.arange(LENGTH), tokens.shape)
-        x = llama.scan_blocks(
-            config, llama.stack_blocks(params["blocks"]), llama.embed(params, tokens), positions, llama.causal_mask(LENGTH)
-        )
+        x = llama.scan_blocks(config, llama.stack_blocks(params["blocks"]), llama.embed(params, tokens), positions, ops.causal_mask(LENGTH))
         return llama.logits(config, params, x)
 
     return jax.jit(run)(params, tokens)

@@ -17,6 +17,7 @@ from llvmlite import ir
 
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu.calls import BYTES, F32, FLOATS, I32, I64
+from eesd_jax.model.ops import Visible
 
 TARGET = "eesd_jax_cached_attention"
 # Vectors begin at multiples of this many positions: a position has the same lane in every pass.
@@ -40,11 +41,20 @@ _EXP = (1.9875691500e-4, 1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.66
 _LEAST = -87.0  # exp of less is 0 here
 
 
-def usable(q_BxTxNxH: jax.Array, cached_k: jax.Array, window: jax.Array | int | None) -> bool:
-    """Whether `cached_attention` can take this: float32 on a CPU, and sizes that divide evenly."""
+def accepts(
+    q_BxTxNxH: jax.Array,
+    new_k: jax.Array,
+    new_v: jax.Array,
+    cached_k: jax.Array,
+    cached_v: jax.Array,
+    start_B: jax.Array,
+    visible: Visible,
+) -> bool:
+    """Whether `cached_attention` can take this: float32, sizes that divide evenly, no mask, and a window known beforehand."""
+    del new_k, new_v, cached_v, start_B
     fits = q_BxTxNxH.shape[3] % _LANES == 0 and cached_k.shape[3] % _LANES == 0
-    static = window is None or isinstance(window, int)
-    return fits and static and {q_BxTxNxH.dtype, cached_k.dtype} == {jnp.dtype("float32")} and calls.possible()
+    static = visible.window is None or isinstance(visible.window, int)
+    return visible.mask is None and fits and static and {q_BxTxNxH.dtype, cached_k.dtype} == {jnp.dtype("float32")}
 
 
 def cached_attention(
@@ -54,23 +64,15 @@ def cached_attention(
     cached_k: jax.Array,
     cached_v: jax.Array,
     start_B: jax.Array,
-    window: int | None,
+    visible: Visible,
 ) -> jax.Array:
-    """Causal attention, float32 [B, T, N, H]; see `usable`. Not differentiable.
-
-    Args:
-      q_BxTxNxH: float32 queries, rotated and scaled.
-      new_k, new_v: [B, K, H, T] and [B, K, T, H], of these tokens.
-      cached_k, cached_v: [B, K, H, S] and [B, K, S, H]; row b's are valid in [0, start_b).
-      start_B: int32 [B], position of each row's first new token.
-      window: attend to the last `window` positions only, self included; None for all.
-    """
+    """`ops.cached_attention` of what `accepts` accepts, float32 [B, T, N, H]. Not differentiable."""
     _register(TARGET)
     batch, tokens, heads, channels = q_BxTxNxH.shape
     kv_heads, slots = cached_k.shape[1], cached_k.shape[3]
     chunks = batch * kv_heads * -(-tokens * heads // (kv_heads * calls.registers().rows))
     helpers = calls.cores() - 1 if 2 * batch * tokens * heads * channels * slots > _SHARED else 0
-    sizes = {"chunks": chunks, "helpers": min(helpers, chunks - 1), "window": window or 0}
+    sizes = {"chunks": chunks, "helpers": min(helpers, chunks - 1), "window": visible.window or 0}
     call = jax.ffi.ffi_call(TARGET, jax.ShapeDtypeStruct(q_BxTxNxH.shape, jnp.float32))
     return call(q_BxTxNxH, new_k, new_v, cached_k, cached_v, start_B, **{name: np.int64(size) for name, size in sizes.items()})
 

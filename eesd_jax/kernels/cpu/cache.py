@@ -9,6 +9,7 @@ S slots of the cache.
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,15 +18,44 @@ from llvmlite import ir
 
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu.calls import BYTES, I32, I64
+from eesd_jax.model.cache import KVCache
 
 GATHER, SCATTER = "eesd_jax_gather_entries", "eesd_jax_scatter_entries"
 # Floats to move below which waking another thread costs more than it brings.
 _SHARED = 20_000
 
 
-def usable(array: jax.Array) -> bool:
-    """Whether arrays like this one, of a cache or new entries, are these kernels' to move: float32 on a CPU."""
-    return array.dtype == jnp.float32 and calls.possible()
+class Gathered(NamedTuple):
+    """New entries of all blocks: one array, float32 [A, room], and how many tokens they are of, int32."""
+
+    array: jax.Array
+    tokens: jax.Array
+
+
+def can_hold(entries: KVCache, slots: int) -> bool:
+    """Whether these kernels move such entries: float32, of one block at least."""
+    del slots
+    return bool(entries.k) and entries.k[0].dtype == jnp.float32
+
+
+def hold(entries: KVCache, slots: int) -> Gathered:
+    """`model/cache.py`'s `hold`: entries as one array with their number, which has the same shape for every number of tokens."""
+    batch, heads, channels, tokens = entries.k[0].shape
+    return Gathered(gather(entries.k + entries.v, batch * heads * channels * slots), jnp.int32(tokens))
+
+
+def can_write(cache: KVCache, new: KVCache | Gathered, start_B: jax.Array) -> bool:
+    """Whether these kernels write such entries."""
+    del cache, start_B
+    return isinstance(new, Gathered) or can_hold(new, 0)
+
+
+def write_at(cache: KVCache, new: KVCache | Gathered, start_B: jax.Array) -> KVCache:
+    """`model/cache.py`'s `write_at`, in place where the caches are not used otherwise."""
+    if isinstance(new, KVCache):
+        new = hold(new, new.k[0].shape[3])
+    caches, blocks = scatter(cache.k + cache.v, new.array, new.tokens, start_B), len(cache.k)
+    return KVCache(caches[:blocks], caches[blocks:])
 
 
 def gather(entries_A: Sequence[jax.Array], room: int) -> jax.Array:
