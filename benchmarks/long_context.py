@@ -11,7 +11,6 @@ is a kernel that reads only the valid part. Elsewhere it is XLA's, over the leas
 import statistics
 import time
 from collections.abc import Sequence
-from unittest import mock
 
 from absl import flags
 
@@ -36,9 +35,9 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"--capacities is {','.join(FLAGS.capacities)!r}; expected integers >= {needed}, the text and the steps")
     rows = []
     for dtype in FLAGS.dtype:
-        from eesd_jax.kernels.cpu import calls
+        from eesd_jax.model import ops
 
-        with mock.patch.object(calls, "possible", calls.possible if FLAGS.kernels else lambda: False):
+        with ops.kernels_for("" if FLAGS.kernels else ops.PLAIN):
             seconds = measure(dtype, capacities)
         first = seconds[capacities[0]]
         rows += [(dtype, str(capacity), f"{1e3 * seconds[capacity]:.2f}", f"{seconds[capacity] / first:.3f}") for capacity in capacities]

@@ -34,6 +34,7 @@ from rich.table import Table
 from eesd_jax import cli, files
 from eesd_jax.engine.prompts import Conversation, read_prompts
 from eesd_jax.errors import UserError
+from eesd_jax.model import stored
 from eesd_jax.weights import hub
 
 FLAGS = flags.FLAGS
@@ -130,8 +131,8 @@ def eesd_jax_ways(peer: str, work: Work) -> Iterator[Way]:
     """Lists the ways of this project: with weights as the file stores them, or with float32 weights."""
     engine = work.engine
     if peer == "eesd_jax-float32":
-        engine = type(engine)(engine.model._replace(codes=None), engine.decode_config, engine.drafter)
-    arithmetic = "as stored x float32" if engine.model.codes else "float32 x float32"
+        engine = type(engine)(engine.model._replace(params=stored.dense(engine.params)), engine.decode_config, engine.drafter)
+    arithmetic = "as stored x float32" if stored.has_codes(engine.params) else "float32 x float32"
 
     def answer(controller: Any) -> Answer:
         return lambda ids, budget: engine.generate_ids([ids], seeds=[0], max_new_tokens=budget, controller=controller)[0].token_ids

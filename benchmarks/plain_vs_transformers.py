@@ -24,7 +24,7 @@ from rich.table import Table
 
 import eesd_jax
 from eesd_jax import cli, files
-from eesd_jax.model import llama
+from eesd_jax.model import stored
 from eesd_jax.weights.load import LoadedModel
 
 FLAGS = flags.FLAGS
@@ -54,7 +54,7 @@ def read_bandwidth() -> float:
 
 def stored_bytes(model: LoadedModel) -> int:
     """Counts the bytes of all weights, as codes where they have any."""
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(llama.weights_read(llama.with_codes(model.params, model.codes))))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(stored.read(model.params)))
 
 
 def timed(seconds: list[float], work: Callable[[], T]) -> T:
@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
     loaded = eesd_jax.load("demo", dtype="float32").model._replace(eos_ids=())
     config = eesd_jax.DecodeConfig(max_new_tokens=FLAGS.new_tokens)
     engines = {AS_STORED: eesd_jax.Engine(loaded, config)}
-    if loaded.codes:
-        engines[IN_FLOAT32] = eesd_jax.Engine(loaded._replace(codes=None), config)
+    if stored.has_codes(loaded.params):
+        engines[IN_FLOAT32] = eesd_jax.Engine(loaded._replace(params=stored.dense(loaded.params)), config)
     prompts = [engines[AS_STORED].encode(prompt) for prompt in PROMPTS]
     batch = [prompts[i % len(prompts)] for i in range(FLAGS.batch_size)]
 

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.model import llama
+from eesd_jax.model import ops
 
 REPEATS = 5
 
@@ -42,5 +42,5 @@ def read_bandwidth(outputs: int = 2**16) -> float:
     """Measures the bytes a second of reading a matrix of 16 KiB an output (1 GiB) once, to multiply one row by it."""
     inputs = 4096
     matrix, row = jnp.ones((outputs, inputs), jnp.float32), jnp.ones((1, 1, inputs), jnp.float32)
-    multiply = jax.jit(llama.linear)
+    multiply = jax.jit(ops.linear)
     return matrix.nbytes / median_seconds(lambda: multiply(row, matrix))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 
 from eesd_jax.config import DraftConfig
-from eesd_jax.model import llama
+from eesd_jax.model import llama, stored
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
 
@@ -34,9 +34,9 @@ def work_of_parts(
     """
 
     def work(blocks: Sequence[llama.Params], rest: Any, matrices: Sequence[Any], caches: int, tokens: int) -> Work:
-        weights = [weight for block in blocks for weight in block.values() if getattr(weight, "ndim", 0) == 2]
-        entries = sum(weight.size for weight in (*weights, *matrices))
-        leaves = jax.tree.leaves(([llama.weights_read(block) for block in blocks], rest))
+        weights = [weight for block in blocks for weight in stored.dense(block).values() if weight.ndim == 2]
+        entries = sum(weight.size for weight in (*weights, *stored.dense(matrices)))
+        leaves = jax.tree.leaves(stored.read((blocks, rest)))
         read = sum(leaf.size * leaf.dtype.itemsize for leaf in leaves)
         of_cache = 2 * config.num_kv_heads * config.head_dim * context * params["final_norm"].dtype.itemsize
         attention = 4 * config.num_heads * config.head_dim * context * caches
@@ -44,16 +44,12 @@ def work_of_parts(
 
     early, late = params["blocks"][: draft.exit_layer], params["blocks"][draft.exit_layer :]
     head = params["embed" if config.tie_embeddings else "lm_head"]
-    model_read = llama.weights_read(params)
-    last = (model_read["final_norm"], model_read["embed" if config.tie_embeddings else "lm_head"])
-    exit_read = llama.weights_read(branch.block)
-    exit_rest = (branch.norm, branch.head if branch.head_codes is None else branch.head_codes)
     # Verification writes the exit block's keys and values.
-    keys, keys_read = [branch.block[name] for name in ("wk", "wv")], [exit_read[name] for name in ("wk", "wv")]
-    works = {"early": work(early, (), (), len(early), 1), "exit": work([branch.block], exit_rest, [branch.head], 1, 1)}
+    keys = [branch.block[name] for name in ("wk", "wv")]
+    works = {"early": work(early, (), (), len(early), 1), "exit": work([branch.block], (branch.norm, branch.head), [branch.head], 1, 1)}
     for width in draft.widths:
         tokens = width + (width - 1) * draft.others
-        works["verify", width] = work(late, (last, keys_read), [head, *keys], len(late), tokens)
+        works["verify", width] = work(late, (params["final_norm"], head, keys), [head, *keys], len(late), tokens)
     return works
 
 

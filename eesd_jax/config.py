@@ -98,7 +98,7 @@ class DraftConfig:
 
 
 NOT_QUANTIZED = "none"
-QUANTIZATIONS = (NOT_QUANTIZED, "int8", "int4")  # of the target's weights; see `model/quantized.py`
+QUANTIZATIONS = (NOT_QUANTIZED, "int8", "int4")  # of the target's weights; see `model/stored.py`
 
 
 def check_quantize(value: str, what: str = "quantize") -> None:

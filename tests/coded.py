@@ -12,17 +12,16 @@ from eesd_jax.config import DecodeConfig, DraftConfig
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
-from eesd_jax.kernels.cpu import codes as cpu_codes
-from eesd_jax.kernels.cpu.codes import Codes
-from eesd_jax.model import llama
+from eesd_jax.model import llama, stored
 from eesd_jax.model.exit_branch import init_exit_branch
+from eesd_jax.model.stored import Codes
 from eesd_jax.weights.load import load_model
 
 
 def weight_of(kind: str, outputs: int, inputs: int) -> tuple[Codes, jax.Array]:
     """Codes, and the matrix that they stand for."""
     rng = np.random.default_rng(inputs)
-    groups = (outputs, inputs // cpu_codes.GROUP)
+    groups = (outputs, inputs // stored.GROUP)
     scale, offset = rng.normal(size=(2, *groups)).astype(np.float32)
     if kind == "nibbles":
         codes = rng.integers(0, 256, (outputs, inputs // 2), np.uint8)
@@ -31,8 +30,8 @@ def weight_of(kind: str, outputs: int, inputs: int) -> tuple[Codes, jax.Array]:
     else:
         codes, offset = rng.integers(-128, 128, (outputs, inputs), np.int8), None
         numbers = codes.reshape(*groups, -1) * scale[..., None]
-    stored = Codes(*(None if array is None else jnp.asarray(array) for array in (codes, scale, offset)))
-    return stored, jnp.asarray(numbers.reshape(outputs, inputs), jnp.float32)
+    codes = Codes(*(None if array is None else jnp.asarray(array) for array in (codes, scale, offset)))
+    return codes, jnp.asarray(numbers.reshape(outputs, inputs), jnp.float32)
 
 
 def engines(folder: pathlib.Path, **settings: int) -> tuple[Engine, Engine]:
@@ -40,9 +39,10 @@ def engines(folder: pathlib.Path, **settings: int) -> tuple[Engine, Engine]:
     file = tiny.write_gguf(folder / "model.gguf", tiny.hf_config(**settings), matrix_type=GGMLType.Q4_1)
     model = load_model(str(file), jnp.dtype("float32"))
     branch = init_exit_branch(model.config, model.params, 1, "next")
-    branch = jax.tree.map(lambda leaf: cpu_codes.numbers(cpu_codes.rounded(leaf)) if leaf.ndim == 2 else leaf, branch)
+    branch = jax.tree.map(lambda leaf: stored.numbers(stored.rounded(leaf)) if leaf.ndim == 2 else leaf, branch)
     drafter = Drafter(branch, DraftConfig(1, max_draft=3), Calibration(), trained=True)
-    coded, dense = (Engine(some, DecodeConfig(max_new_tokens=24), drafter) for some in (model, model._replace(codes=None)))
+    models = (model, model._replace(params=stored.dense(model.params)))
+    coded, dense = (Engine(some, DecodeConfig(max_new_tokens=24), drafter) for some in models)
     dense.branch = branch
     return coded, dense
 

@@ -18,7 +18,6 @@ from eesd_jax.config import ExperimentConfig
 from eesd_jax.distill import examples, trainer
 from eesd_jax.distill.layout import Layout
 from eesd_jax.distill.monitor import METRICS_NAME
-from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import exit_branch, sharding
 from eesd_jax.weights import branch_folder, tiny
 from eesd_jax.weights.load import LoadedModel, load_model
@@ -79,9 +78,8 @@ def one_device(config: ExperimentConfig | None = None) -> Layout:
 def prepare(config: ExperimentConfig, layout: Layout | None = None) -> trainer.Run:
     """A run that has loaded everything, but done nothing."""
     layout = layout or one_device()
-    with calls.on_mesh(layout.mesh.size > 1):
-        model = load_model(config.model, jnp.dtype("float32"), layout.mesh, config.quantize)
-        return trainer.Run(config, epath.Path(config.output_dir), layout, model)
+    model = load_model(config.model, jnp.dtype("float32"), layout.mesh, config.quantize)
+    return trainer.Run(config, epath.Path(config.output_dir), layout, model)
 
 
 def read_metrics(config: ExperimentConfig) -> list[dict[str, Any]]:

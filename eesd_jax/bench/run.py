@@ -30,7 +30,7 @@ from eesd_jax.engine.conversations import Options, encode
 from eesd_jax.engine.engine import Engine
 from eesd_jax.engine.prompts import Conversation
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama
+from eesd_jax.model import llama, stored
 from eesd_jax.model.config import ModelConfig
 
 UNCATEGORIZED = "uncategorized"
@@ -214,5 +214,5 @@ def describe_machine(engine: Engine) -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "jax": jax.__version__,
         "dtype": str(engine.model.params["final_norm"].dtype),
-        "reads_codes": engine.model.codes is not None,
+        "reads_codes": stored.has_codes(engine.params),
     }

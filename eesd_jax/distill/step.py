@@ -19,7 +19,7 @@ from eesd_jax.distill import teacher
 from eesd_jax.distill.data import Batch
 from eesd_jax.distill.layout import Layout
 from eesd_jax.distill.teacher import Features, Trunk
-from eesd_jax.model import exit_branch, llama, rope
+from eesd_jax.model import exit_branch, llama, ops, rope
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, Fusion
 
@@ -180,7 +180,7 @@ def total_loss(config: StepConfig, trained: Trained, frozen: Frozen, features: F
         last, top = part
         # In float32 up to here, so that its gradient is summed over the chunks in float32.
         head = frozen.head if head is None else head.astype(dtype)
-        logits = llama.linear(student_BxCxD, head, preferred_element_type=jnp.float32)
+        logits = ops.linear(student_BxCxD, head, preferred_element_type=jnp.float32)
         if top is None:
             totals = losses.against_logits(config.loss, frozen.draft_ids, logits, teacher.teacher_logits(frozen.trunk, last))
         else:
@@ -277,7 +277,7 @@ def evaluate(
 
     def best(part: tuple[jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array, jax.Array | None]:
         student_BxCxD, last_BxCxD = part
-        log_q = jax.nn.log_softmax(llama.linear(student_BxCxD, branch.head, preferred_element_type=jnp.float32))
+        log_q = jax.nn.log_softmax(ops.linear(student_BxCxD, branch.head, preferred_element_type=jnp.float32))
         ours = frozen.draft_ids[jnp.argmax(log_q, axis=-1)]
         target = None if last_BxCxD is None else jnp.argmax(teacher.teacher_logits(frozen.trunk, last_BxCxD), axis=-1)
         return jnp.exp(jnp.max(log_q, axis=-1)), ours, target

@@ -22,9 +22,9 @@ from eesd_jax import files
 from eesd_jax.distill.data import Batch, Rows
 from eesd_jax.distill.loss import TopTokens, join_positions, split_positions
 from eesd_jax.errors import UserError
-from eesd_jax.model import llama, ops, quantized
+from eesd_jax.model import llama, ops, stored
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.stored import Quantized
 
 _SECONDS_TO_FLUSH = 60  # the most that a kill costs of a cache
 
@@ -111,7 +111,7 @@ def hidden_states(
         row on every chip, and sums whole activations over the chips after each product.
     """
     mask = attention_mask(batch.segments)
-    x = quantized.take_rows(trunk.embed, batch.tokens, trunk.final_norm.dtype)
+    x = stored.take_rows(trunk.embed, batch.tokens, trunk.final_norm.dtype)
     if rows_home is not None:
         x = jax.lax.with_sharding_constraint(x, rows_home)
     exit_layer = _depth(trunk.early)
@@ -124,7 +124,7 @@ def hidden_states(
 
 def teacher_logits(trunk: Trunk, last: jax.Array) -> jax.Array:
     """Float32 logits of normed last hidden states [..., D], over the whole vocabulary."""
-    return llama.linear(last, trunk.head, preferred_element_type=jnp.float32)
+    return ops.linear(last, trunk.head, preferred_element_type=jnp.float32)
 
 
 def top_tokens(trunk: Trunk, last_BxTxD: jax.Array, count: int, chunk: int) -> TopTokens:

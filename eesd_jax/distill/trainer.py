@@ -33,7 +33,6 @@ from eesd_jax.distill.layout import Layout, make_layout
 from eesd_jax.distill.monitor import Monitor
 from eesd_jax.distill.preemption import watch_for_sigterm
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import exit_branch
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.checkpoint import Checkpoints, refuse_other
@@ -67,8 +66,7 @@ def train(config: ExperimentConfig) -> Result:
     if not find(dataset, "data.path").exists():  # before the model, which can take minutes
         raise UserError(f"dataset {dataset!r}: no such folder; expected what train/self_generate.py writes, or a JSONL file of chats")
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    with calls.on_mesh(layout.mesh.size > 1):
-        return Run(config, output, layout, load_model(config.model, jnp.dtype(dtype), layout.mesh, config.quantize)).train()
+    return Run(config, output, layout, load_model(config.model, jnp.dtype(dtype), layout.mesh, config.quantize)).train()
 
 
 def _finished(config: ExperimentConfig, output: epath.Path, exported: epath.Path) -> Result:

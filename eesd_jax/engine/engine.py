@@ -43,8 +43,7 @@ from eesd_jax.engine.generation import Generation, Rounds
 from eesd_jax.engine.prefill import Prefilled, bucket_shapes, one_by_one, padded_length, worth_one_by_one
 from eesd_jax.engine.streaming import TextStream
 from eesd_jax.errors import UserError, integer, shown
-from eesd_jax.kernels.cpu import calls
-from eesd_jax.model import llama, sharding
+from eesd_jax.model import llama, ops, sharding, stored
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, with_codes
 from eesd_jax.weights import branch_folder, hub, ngram_file
@@ -126,7 +125,7 @@ def load(
         "exit,lookup".
       ngrams: the file of n-grams that lookup goes on with where the text has nothing (train/ngrams.py); `none` (or None); or `auto`: the
         one that this package carries for the model, if there is one.
-      quantize: int8 or int4: the matrices of the target in so many bits (`model/quantized.py`). That is another model: what is generated,
+      quantize: int8 or int4: the matrices of the target in so many bits (`model/stored.py`). That is another model: what is generated,
         speculatively or not, is the quantised model's text. `none`: as in the file.
 
     Raises:
@@ -162,7 +161,7 @@ def load(
     target = load_model(model, jnp.dtype(dtype), mesh, quantize)
     if table is not None:
         ngram_file.check_ngrams(table, target.config.vocab_size)
-    from_lookup_alone = exit_branch == "auto" and longest_match > 0 and candidates == 1 and target.codes is not None
+    from_lookup_alone = exit_branch == "auto" and longest_match > 0 and candidates == 1 and stored.has_codes(target.params)
     if folder is not None and not from_lookup_alone:
         drafter = read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
     else:
@@ -203,7 +202,7 @@ class Engine:
       model: the target.
       decode_config: defaults of generation and its buckets.
       drafter: what drafts, or None (then only plain decoding is to be had).
-      params, branch, ngrams: the weights and the table as programs take them: weights on a CPU with codes beside them.
+      params, branch, ngrams: the weights and the table as programs take them; weights are `Stored` where kernels read their codes.
     """
 
     def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig(), drafter: Drafter | None = None):
@@ -211,11 +210,12 @@ class Engine:
         self.decode_config = decode_config
         self.drafter = drafter
         self._encoder = Encoder(model)
-        self.params = llama.with_codes(model.params, model.codes)
+        self.params = model.params
         self.branch = drafter.branch if drafter else None
         checks.check_same_devices(self.params, self.branch)
         self.ngrams = None if drafter is None or drafter.ngrams is None else self._place_everywhere(drafter.ngrams)
-        if self.branch is not None and self.branch.head.dtype == jnp.float32 and not self._on_mesh and calls.possible():
+        in_float32 = self.branch is not None and self.branch.head.dtype == jnp.float32
+        if in_float32 and self._mesh is None and ops.pack_codes.kernels():
             self.branch = with_codes(self.branch)
 
     @property
@@ -406,12 +406,12 @@ class Engine:
                 chunk=chunk,
             )
 
-        with calls.on_mesh(self._on_mesh):
-            if calls.possible() and worth_one_by_one(options, lengths[: len(prompts)], batch):
-                own = [padded if length > chunk else padded_length(options, length) for length in lengths]
-                state, exits = one_by_one(lambda row: run(slice(row, row + 1), own[row]), len(prompts), batch)
-            else:
-                state, exits = run(slice(None), padded)
+        alone_on_cpu = self._mesh is None and jax.default_backend() == "cpu"
+        if alone_on_cpu and worth_one_by_one(options, lengths[: len(prompts)], batch):
+            own = [padded if length > chunk else padded_length(options, length) for length in lengths]
+            state, exits = one_by_one(lambda row: run(slice(row, row + 1), own[row]), len(prompts), batch)
+        else:
+            state, exits = run(slice(None), padded)
         if controller is None:
             return state
         state = _start_drafting(drafter.draft, self.branch, as_argument(controller), state, exits)
@@ -424,17 +424,10 @@ class Engine:
         model = self.model
         settings = _sampling_arrays(sampling, state.length.shape[0], self.rows_home)
         eos_ids, steps = np.array(model.eos_ids, np.int32), np.int32(max_steps)
-        with calls.on_mesh(self._on_mesh):
-            if controller is None:
-                return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
-            draft = self.drafter.draft
-            return _decode_speculative(
-                model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps, self.ngrams
-            )
-
-    @property
-    def _on_mesh(self) -> bool:
-        return self._mesh is not None
+        if controller is None:
+            return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
+        draft = self.drafter.draft
+        return _decode_speculative(model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps, self.ngrams)
 
     @property
     def _mesh(self) -> Mesh | None:

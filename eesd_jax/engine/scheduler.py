@@ -32,7 +32,7 @@ from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
 from eesd_jax.engine.engine import Engine
 from eesd_jax.model import cache as kv
-from eesd_jax.model import llama, sharding
+from eesd_jax.model import llama, sharding, stored
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
 
@@ -214,16 +214,14 @@ class Refiller:
         self._model_config = model.config
         everywhere, own = NamedSharding(mesh, _SHARED), NamedSharding(mesh, _OWN)
         self._own, self._everywhere = own, everywhere
-        # Weights that no axis splits are read as `generate` reads them: on a CPU as the codes of their file.
+        # Weights that no axis splits are read as `generate` reads them: as the codes of their file, where kernels do.
         split = mesh.size > self._devices
-        weights, homes = (
-            (model.params, sharding.param_shardings(model.config, mesh, model.quantize)) if split else (engine.params, everywhere)
-        )
-        self._params = jax.device_put(weights, homes)
+        params, branch = stored.dense((engine.params, engine.branch)) if split else (engine.params, engine.branch)
+        self._params = jax.device_put(params, sharding.param_shardings(model.config, mesh, model.quantize) if split else everywhere)
         self._controller = controller
         drafter = engine.drafter if controller is not None else None
         self._draft = drafter.draft if drafter else None
-        self._branch = jax.device_put(drafter.branch if split else engine.branch, everywhere) if drafter else None
+        self._branch = jax.device_put(branch, everywhere) if drafter else None
         self._eos_ids = jax.device_put(np.array(model.eos_ids, np.int32), everywhere)
         self._steps = jax.device_put(np.int32(config.chunk), everywhere)
 

@@ -19,53 +19,47 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu import codes as cpu_codes
-from eesd_jax.kernels.cpu import integers
-from eesd_jax.kernels.cpu.codes import Codes
-from eesd_jax.kernels.cpu.integers import Integers
-from eesd_jax.model import llama, ops, quantized, sharding
+from eesd_jax.model import llama, ops, sharding, stored
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.stored import Stored, Weight
 from eesd_jax.model.tree import Tree
 
 STARTS = ("last", "next", "zero")
 
 
 class Fusion(NamedTuple):
-    """What makes one input of two. norm: [D], of the hidden state behind block N. weight: [D, 2 D]. codes: of it, see `with_codes`."""
+    """What makes one input of two. norm: [D], of the hidden state after block N. weight: [D, 2 D]."""
 
     norm: jax.Array
-    weight: jax.Array
-    codes: Codes | Integers | None = None
+    weight: Weight
 
 
 class ExitBranch(NamedTuple):
     """The branch's weights, in the dtype of the target's, and the tokens that it can draft.
 
     block: params of one `llama.Block`. norm: [D]. head: [Q, D]. draft_ids: int32 [Q], the target's id of each row of the head.
-    fusion: of a branch with the second input. head_codes: the head once more, see `with_codes`.
+    fusion: of a branch with the second input.
     """
 
     block: llama.Params
     norm: jax.Array
-    head: jax.Array
+    head: Weight
     draft_ids: jax.Array
     fusion: Fusion | None = None
-    head_codes: Codes | Integers | None = None
 
 
 def with_codes(branch: ExitBranch) -> ExitBranch:
-    """The branch that decodes on a CPU: beside its weights, the codes of 8 bits of those matrices that are stored as such."""
+    """Puts beside a branch's matrices codes of 8 bits, where these stand for the very numbers, as in a folder that stores them so."""
 
-    def codes_of(weight: jax.Array) -> Codes | Integers | None:
-        codes = cpu_codes.of_bytes(weight)
-        return codes and integers.from_codes(codes)
+    def beside(weight: jax.Array) -> Weight:
+        codes = stored.of_bytes(weight)
+        return weight if codes is None else Stored(weight, ops.pack_codes(codes))
 
-    block = {name: codes_of(weight) for name, weight in branch.block.items() if weight.ndim == 2}
     # Apart from each other: where only keys and values are used, no queries are computed.
-    block = llama.block_with_codes(branch.block, {name: codes for name, codes in block.items() if codes is not None})
-    fusion = branch.fusion and branch.fusion._replace(codes=codes_of(branch.fusion.weight))
-    return branch._replace(block=block, fusion=fusion, head_codes=codes_of(branch.head))
+    block = {name: beside(weight) if weight.ndim == 2 else weight for name, weight in branch.block.items()}
+    fusion = branch.fusion and branch.fusion._replace(weight=beside(branch.fusion.weight))
+    return branch._replace(block=block, fusion=fusion, head=beside(branch.head))
 
 
 def init_exit_branch(
@@ -95,14 +89,14 @@ def init_exit_branch(
         raise UserError(f"start of the exit branch is {start!r}; expected one of {', '.join(STARTS)}")
     dtype = params["final_norm"].dtype
     of_target = params["blocks"][-1 if start == "last" else exit_layer]
-    block = {name: quantized.to_dense(weight, dtype) for name, weight in of_target.items()}
+    block = {name: stored.to_dense(weight, dtype) for name, weight in of_target.items()}
     if start == "zero":
         block |= {name: jnp.zeros_like(block[name]) for name in ("wo", "bo", "w_down", "b_down") if name in block}
     draft_ids = np.arange(config.vocab_size) if draft_ids is None else np.asarray(draft_ids)
     check_draft_ids(config, draft_ids)
     head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
     whole = draft_ids.size == config.vocab_size
-    head = quantized.to_dense(head_VxD, dtype) if whole else quantized.take_rows(head_VxD, draft_ids, dtype)
+    head = stored.to_dense(head_VxD, dtype) if whole else stored.take_rows(head_VxD, draft_ids, dtype)
     fusion = None
     if deep_input:
         both = np.tile(np.eye(config.hidden_size), 2)
@@ -164,8 +158,8 @@ def fuse(config: ModelConfig, branch: ExitBranch, h_BxTxD: jax.Array, deep_BxTxD
     """
     if branch.fusion is None:
         return h_BxTxD
-    norm, weight, codes = branch.fusion
-    return llama.linear(jnp.concatenate([llama.rms_norm(h_BxTxD, norm, config.norm_eps), deep_BxTxD], axis=-1), weight, codes)
+    norm, weight = branch.fusion
+    return ops.linear(jnp.concatenate([llama.rms_norm(h_BxTxD, norm, config.norm_eps), deep_BxTxD], axis=-1), weight)
 
 
 def before(first_BxD: jax.Array, deep_BxTxD: jax.Array, tree: Tree | None = None) -> jax.Array:
@@ -190,7 +184,7 @@ def run_exit_block(
       The residual stream behind the exit block [B, T, D], and the block's new keys and values.
     """
     offset_T = jnp.arange(h_BxTxD.shape[1]) if tree is None else jnp.asarray(tree.offsets)
-    rot = ops.rotation(config, start_B, offset_T)
+    rot = ops.rotation(config, h_BxTxD, start_B, offset_T)
     cached = (None, None) if cache is None else (cache.k[0], cache.v[0])
     mask = None if tree is None else jnp.asarray(tree.mask)
     block = llama.Block(config)
@@ -205,4 +199,4 @@ def draft_output(config: ModelConfig, branch: ExitBranch, x_BxTxD: jax.Array) ->
 
 def draft_logits(branch: ExitBranch, output_BxTxD: jax.Array) -> jax.Array:
     """The branch's head on `draft_output`: float32 logits over the draft vocabulary, [B, T, Q]."""
-    return llama.linear(output_BxTxD, branch.head, branch.head_codes, preferred_element_type=jnp.float32)
+    return ops.linear(output_BxTxD, branch.head, preferred_element_type=jnp.float32)

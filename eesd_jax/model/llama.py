@@ -7,77 +7,26 @@ files, so that loading changes nothing.
 Axes: B batch, T tokens of this pass, S cache capacity, N query heads, K key/value heads, G = N/K, H head dim, D hidden, F mlp,
 V vocabulary.
 
-Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": [V, D] (absent when tied)}. A matrix may be `Quantized`;
-the dtype of the arithmetic is that of the norms. Params that decode may carry the same weights once more, as the codes of their file
-(`with_codes`).
+Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": [V, D] (absent when tied)}. A matrix may be `Quantized`, or
+`Stored` with the codes of its file; the dtype of the arithmetic is that of the norms.
 """
 
-import itertools
-import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from eesd_jax.kernels.cpu import calls, integers
-from eesd_jax.kernels.cpu import codes as cpu_codes
-from eesd_jax.kernels.cpu import rows as cpu_rows
-from eesd_jax.kernels.cpu.codes import Codes
-from eesd_jax.kernels.cpu.integers import Integers
-from eesd_jax.model import ops, quantized, rope
+from eesd_jax.model import ops, rope, stored
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.stored import Codes, Stored
 from eesd_jax.model.tree import Tree
 
 Params = dict[str, Any]
 
-_CPU_SPLITS = 2
-# Rows, one for every group of inputs, up to which a product costs less than to write out the weight: the arithmetic of reading it once.
-_MOST_GROUP_ROWS = 256
-_CODES, _HEAD_CODES = "codes", "head_codes"
-
-
-def linear(x: jax.Array, weight_OxI: jax.Array | Quantized, codes: Codes | Integers | None = None, **kwargs: Any) -> jax.Array:
-    """X [B, T, I] times a weight stored as [out, in]: [B, T, O]. Its codes, if given, are read in its place where that is faster."""
-    rows = x.reshape(-1, x.shape[-1])
-    if _reads_codes(rows.shape[0], codes):
-        by_codes = integers.rows_by_integers if isinstance(codes, Integers) else cpu_codes.rows_by_codes
-        return by_codes(rows, codes).reshape(*x.shape[:-1], -1)
-    if isinstance(weight_OxI, Quantized):
-        return _linear_quantized(x, weight_OxI, **kwargs)
-    if cpu_rows.usable(rows.shape[0], weight_OxI):
-        return cpu_rows.rows_by_matrix(rows, weight_OxI).reshape(*x.shape[:-1], -1)
-    if rows.shape[0] == 1 and calls.possible() and weight_OxI.shape[0] % _CPU_SPLITS == 0:
-        # XLA multiplies one row by a matrix on a single core. As a batch of products it uses them all, and reads memory at full speed.
-        split_CxOxI = weight_OxI.reshape(_CPU_SPLITS, -1, weight_OxI.shape[1])
-        repeated_CxRxI = jnp.broadcast_to(rows, (_CPU_SPLITS, *rows.shape))
-        return ops.einsum("cri,coi->cro", repeated_CxRxI, split_CxOxI, **kwargs).reshape(*x.shape[:-1], -1)
-    return ops.einsum("ri,oi->ro", rows, weight_OxI, **kwargs).reshape(*x.shape[:-1], -1)
-
-
-def _linear_quantized(x: jax.Array, weight_OxI: Quantized, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
-    dtype = preferred_element_type or x.dtype
-    weight, x = quantized.keep_in_loop(weight_OxI, x)
-    rows, groups = math.prod(x.shape[:-1]), weight.scale.shape[-1]
-    # On a mesh devices would send each other the products of all groups, where groups are split.
-    if groups > 1 and (rows * groups > _MOST_GROUP_ROWS or calls.on_mesh.value):
-        return linear(x, quantized.to_dense(weight, x.dtype), preferred_element_type=dtype)
-    parts = quantized.split_by_group(x, groups)  # [B, T, G, I]
-    product = linear(parts, weight.codes.astype(x.dtype), preferred_element_type=jnp.float32)  # [B, T, G, O]
-    return jnp.sum(product * weight.scale.T.astype(jnp.float32), axis=-2).astype(dtype)
-
-
-def _reads_codes(rows: int, codes: Codes | Integers | None) -> bool:
-    """Whether `linear` multiplies so many rows by the codes."""
-    return calls.possible() if isinstance(codes, Integers) else cpu_codes.usable(rows, codes)
-
-
-def _reads_matrix(rows: int, weight: jax.Array | Quantized) -> bool:
-    """Whether `linear` multiplies so many rows by a weight without codes with the CPU kernel."""
-    return not isinstance(weight, Quantized) and cpu_rows.usable(rows, weight)
+TOGETHER = (("wq", "wk", "wv"), ("w_gate", "w_up"))  # weights of a block that one input is multiplied by
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -103,16 +52,7 @@ class Block(nn.Module):
         """X times several weights, which are given with their axis of outputs; `axis` is that of their inputs."""
         matrix = nn.initializers.normal(stddev=self.config.hidden_size**-0.5)
         weights = [self._weight(name, matrix, **of_weight, **axis) for name, of_weight in outputs.items()]
-        codes = self.get_variable("params", _CODES, {})
-        together, rows = codes.get(_joined(outputs)), math.prod(x.shape[:-1])
-        if _reads_codes(rows, together):  # as one product: each has its price, however small
-            product = linear(x, weights[0], together)
-        elif not any(name in codes for name in outputs) and all(_reads_matrix(rows, weight) for weight in weights):
-            product = cpu_rows.rows_by_matrix(x.reshape(rows, -1), *weights).reshape(*x.shape[:-1], -1)
-        else:
-            return [linear(x, weight, codes.get(name)) for name, weight in zip(outputs, weights, strict=True)]
-        ends = itertools.accumulate(weight.shape[0] for weight in weights[:-1])
-        return jnp.split(product, list(ends), axis=-1)
+        return ops.linears(x, weights)
 
     @nn.compact
     def __call__(
@@ -176,7 +116,7 @@ class Block(nn.Module):
 
 def embed(params: Params, tokens_BxT: jax.Array) -> jax.Array:
     """Token embeddings [B, T, D] in the dtype of the arithmetic."""
-    return quantized.take_rows(params["embed"], tokens_BxT, params["final_norm"].dtype)
+    return stored.take_rows(params["embed"], tokens_BxT, params["final_norm"].dtype)
 
 
 def forward_blocks(
@@ -204,7 +144,7 @@ def forward_blocks(
       The residual stream after the last of `layers` [B, T, D], and the new keys and values of those blocks (tuples of len(layers)).
     """
     offset_T = jnp.arange(x_BxTxD.shape[1]) if tree is None else jnp.asarray(tree.offsets)
-    rot = ops.rotation(config, start_B, offset_T)
+    rot = ops.rotation(config, x_BxTxD, start_B, offset_T)
     of_tree = (None, None) if tree is None else (jnp.asarray(tree.mask), offset_T)
     # Blocks with the same window are traced once; inlined, they make the same program as without this jit.
     run_block = jax.jit(Block(config).apply, static_argnums=7, inline=True)
@@ -264,49 +204,30 @@ def logits(config: ModelConfig, params: Params, x_BxTxD: jax.Array) -> jax.Array
     """Final norm and LM head: float32 logits [B, T, V] of the residual stream after the last block."""
     h = last_hidden(config, params, x_BxTxD)
     head_VxD = params["embed"] if config.tie_embeddings else params["lm_head"]
-    return linear(h, head_VxD, params.get(_HEAD_CODES), preferred_element_type=jnp.float32)
+    return ops.linear(h, head_VxD, preferred_element_type=jnp.float32)
 
 
-def with_codes(params: Params, codes: dict[str, Any] | None) -> Params:
-    """Params that decode: the same weights, with those codes beside them.
+def with_codes(config: ModelConfig, params: Params, codes: dict[str, Any]) -> Params:
+    """Puts beside weights the codes that stand for them (`Stored`), as this platform's kernels read them.
 
     Args:
-      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing, or integers in their place, with names of weights
-        or as `join_codes` makes them; None for params as they are.
+      codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing.
     """
-    if codes is None:
-        return params
-    blocks = tuple(block_with_codes(block, of_block) for block, of_block in zip(params["blocks"], codes["blocks"], strict=True))
-    return params | {"blocks": blocks, _HEAD_CODES: codes.get("head")}
+    blocks = tuple(map(block_with_codes, params["blocks"], codes["blocks"]))
+    head = {} if "head" not in codes else {"embed" if config.tie_embeddings else "lm_head": codes["head"]}
+    return params | {"blocks": blocks} | {name: Stored(params[name], ops.pack_codes(of_name)) for name, of_name in head.items()}
 
 
-def block_with_codes(block: Params, codes: dict[str, Codes | Integers]) -> Params:
-    """A block's params with codes beside them."""
-    return block | {_CODES: codes}
-
-
-def weights_read(params: Params) -> Params:
-    """Params of a model or of a block as a pass over few tokens reads them: codes in place of what they stand for."""
-    if "blocks" in params:
-        head = {} if (codes := params.get(_HEAD_CODES)) is None else {"embed" if "lm_head" not in params else "lm_head": codes}
-        rest = {name: value for name, value in params.items() if name != _HEAD_CODES}
-        return rest | head | {"blocks": tuple(map(weights_read, params["blocks"]))}
-    codes = params.get(_CODES, {})
-    coded = {name for names in codes for name in names.split()}  # several may lie together
-    return {name: weight for name, weight in params.items() if name != _CODES and name not in coded} | codes
-
-
-def join_codes(codes: dict[str, Codes]) -> dict[str, Codes]:
-    """Codes of a block's weights, where those that one input is multiplied by lie together, if they are of one kind."""
-    for names in (("wq", "wk", "wv"), ("w_gate", "w_up")):
+def block_with_codes(block: Params, codes: dict[str, Codes], together: Sequence[Sequence[str]] = TOGETHER) -> Params:
+    """Puts codes beside a block's weights; those of weights that are named together lie together, if they are of one kind."""
+    weights, apart = {}, dict(codes)
+    for names in together:
         parts = [codes.get(name) for name in names]
-        if None not in parts and cpu_codes.same_kind(parts):
-            codes = {name: of_name for name, of_name in codes.items() if name not in names} | {_joined(names): cpu_codes.concatenate(parts)}
-    return codes
-
-
-def _joined(names: Iterable[str]) -> str:
-    return " ".join(names)
+        if None not in parts and stored.same_kind(parts):
+            joint = ops.pack_codes(stored.concatenate(parts))
+            weights |= {name: Stored(block[name], None if i else joint) for i, name in enumerate(names)}
+            apart = {name: of_name for name, of_name in apart.items() if name not in names}
+    return block | weights | {name: Stored(block[name], ops.pack_codes(of_name)) for name, of_name in apart.items()}
 
 
 def init(config: ModelConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32) -> Params:

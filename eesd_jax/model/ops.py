@@ -12,11 +12,13 @@ folder is imported (`eesd_jax.load_kernels`) when the first program is traced fo
 
 Operations on the key/value cache stand beside its type, in `model/cache.py`.
 
-Axes: B batch, T tokens of this pass, S cache capacity, N query heads, K key/value heads, G = N/K, H head dim.
+Axes: B batch, T tokens of this pass, S cache capacity, N query heads, K key/value heads, G = N/K, H head dim; I inputs and O outputs of a
+weight, R rows.
 """
 
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 import jax
@@ -24,8 +26,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 import eesd_jax
-from eesd_jax.model import rope
+from eesd_jax.model import rope, stored
 from eesd_jax.model.config import ModelConfig
+from eesd_jax.model.stored import Codes, Packed, Quantized, Stored, Weight
 
 P, R = ParamSpec("P"), TypeVar("R")
 
@@ -34,6 +37,8 @@ PLAIN = "plain"
 # compiled for another machine, `with kernels_for(PLAIN):` for no kernels at all.
 kernels_for = jax.make_user_context("")
 
+# Rows, one for every group of inputs, up to which a product costs less than to write out the weight: the arithmetic of reading it once.
+_MOST_GROUP_ROWS = 256
 _READ_AT_LEAST = 1024  # slots of a cache
 _TOP_GROUP = 128  # numbers of which the greatest is found first
 
@@ -64,13 +69,18 @@ class Operation(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Runs the first kernel that accepts these arguments, else the plain function."""
-        platform = kernels_for.value or jax.default_backend()
-        if platform != PLAIN and not over_devices((args, kwargs)):
-            eesd_jax.load_kernels(platform)
-            for kernel in self._kernels:
-                if kernel.platform == platform and kernel.accepts(*args, **kwargs):
+        if not over_devices((args, kwargs)):
+            for kernel in self.kernels():
+                if kernel.accepts(*args, **kwargs):
                     return kernel.call(*args, **kwargs)
         return self.plain(*args, **kwargs)
+
+    def kernels(self) -> list[Kernel]:
+        """Lists the kernels for the platform that programs are traced for."""
+        platform = kernels_for.value or jax.default_backend()
+        if platform != PLAIN:
+            eesd_jax.load_kernels(platform)
+        return [kernel for kernel in self._kernels if kernel.platform == platform]
 
 
 def over_devices(tree: Any) -> bool:
@@ -85,6 +95,44 @@ def einsum(formula: str, x: jax.Array, y: jax.Array, **kwargs: Any) -> jax.Array
     # On accelerators the default for float32 operands is not float32 arithmetic; asking for float32 means it here.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else jax.lax.Precision.DEFAULT
     return jnp.einsum(formula, x, y, precision=precision, **kwargs)
+
+
+def linear(x: jax.Array, weight: Weight, preferred_element_type: jnp.dtype | None = None) -> jax.Array:
+    """Multiplies x [..., I] by a weight, which is stored as [O, I]: [..., O]."""
+    return linears(x, (weight,), preferred_element_type)[0]
+
+
+@Operation
+def linears(x: jax.Array, weights: Sequence[Weight], preferred_element_type: jnp.dtype | None = None) -> list[jax.Array]:
+    """Multiplies x [..., I] by several weights, each stored as [O, I]: a product [..., O] of each."""
+    if len(weights) > 1:
+        return [linear(x, weight, preferred_element_type) for weight in weights]
+    (weight,) = weights
+    if isinstance(weight, Stored):
+        return [linear(x, weight.dense, preferred_element_type)]
+    if isinstance(weight, Quantized):
+        return [_linear_quantized(x, weight, preferred_element_type)]
+    product_RxO = einsum("ri,oi->ro", x.reshape(-1, x.shape[-1]), weight, preferred_element_type=preferred_element_type)
+    return [product_RxO.reshape(*x.shape[:-1], -1)]
+
+
+def _linear_quantized(x: jax.Array, weight: Quantized, preferred_element_type: jnp.dtype | None) -> jax.Array:
+    dtype = preferred_element_type or x.dtype
+    weight, x = stored.keep_in_loop(weight, x)
+    rows, groups = math.prod(x.shape[:-1]), weight.scale.shape[-1]
+    # Devices would send each other the products of all groups, where groups are split over them.
+    if groups > 1 and (rows * groups > _MOST_GROUP_ROWS or over_devices((x, weight))):
+        return linear(x, stored.to_dense(weight, x.dtype), dtype)
+    parts = stored.split_by_group(x, groups)  # [..., G, I]
+    product = linear(parts, weight.codes.astype(x.dtype), jnp.float32)  # [..., G, O]
+    return jnp.sum(product * weight.scale.T.astype(jnp.float32), axis=-2).astype(dtype)
+
+
+@Operation
+def pack_codes(codes: Codes) -> Packed | None:
+    """Arranges a weight's codes as `linears` reads them; None where it does not, as here."""
+    del codes
+    return None
 
 
 class Visible(NamedTuple):
@@ -224,8 +272,13 @@ def _sizes_to_read(capacity: int) -> tuple[int, ...]:
 
 
 @Operation
-def rotation(config: ModelConfig, start_B: jax.Array, offset_T: jax.Array) -> rope.Rotation:
-    """Takes the sines and cosines of a pass's tokens at positions start_b + offset_t (int32 [B] and [T]), once a pass."""
+def rotation(config: ModelConfig, x_BxTxD: jax.Array, start_B: jax.Array, offset_T: jax.Array) -> rope.Rotation:
+    """Takes the sines and cosines of a pass's tokens at positions start_b + offset_t (int32 [B] and [T]), once a pass.
+
+    Args:
+      x_BxTxD: the residual stream before the pass; only where it lies matters.
+    """
+    del x_BxTxD
     return rope.rotation(config.rope, config.head_dim, start_B[:, None] + offset_T)
 
 

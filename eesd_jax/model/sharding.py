@@ -14,10 +14,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu import calls
-from eesd_jax.model import llama, quantized
+from eesd_jax.model import llama, ops, stored
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.stored import Quantized
 
 MESH_AXES = ("data", "fsdp", "tensor")
 LOGICAL_AXIS_RULES = (
@@ -98,7 +97,7 @@ def decode_rows_home(mesh: Mesh) -> NamedSharding:
 @functools.cache
 def abstract_params(config: ModelConfig) -> llama.Params:
     """Boxed shapes (`jax.ShapeDtypeStruct`) and logical axes of every weight; nothing is allocated."""
-    with calls.on_mesh(True):  # no kernel is compiled only to learn shapes
+    with ops.kernels_for(ops.PLAIN):  # no kernel is compiled only to learn shapes
         return jax.eval_shape(lambda key: llama.init(config, key), jax.random.key(0))
 
 
@@ -114,7 +113,7 @@ def param_shardings(config: ModelConfig, mesh: Mesh, quantize: str = NOT_QUANTIZ
     def split(kind: str, leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> NamedSharding | Quantized:
         if kind == NOT_QUANTIZED:
             return fit(leaf, sharding)
-        return Quantized(*(fit(array, sharding) for array in quantized.shapes(leaf.shape, kind)))
+        return Quantized(*(fit(array, sharding) for array in stored.shapes(leaf.shape, kind)))
 
     abstract = nn.meta.unbox(abstract)
-    return jax.tree.map(split, quantized.kinds(abstract, quantize), abstract, shardings)
+    return jax.tree.map(split, stored.kinds(abstract, quantize), abstract, shardings)

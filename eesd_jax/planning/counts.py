@@ -17,7 +17,7 @@ from eesd_jax.model import llama
 from eesd_jax.model.cache import KVCache
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.stored import Quantized
 from eesd_jax.planning.hlo import Cost
 
 

@@ -29,11 +29,10 @@ from eesd_jax.distill.layout import Layout, make_layout
 from eesd_jax.distill.loss import TopTokens
 from eesd_jax.engine import engine
 from eesd_jax.engine.prefill import bucket_shapes
-from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import cache as kv
-from eesd_jax.model import exit_branch, llama, quantized, sharding
+from eesd_jax.model import exit_branch, llama, ops, sharding, stored
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.stored import Quantized
 from eesd_jax.planning import counts, hlo
 from eesd_jax.planning.counts import Decoding
 
@@ -82,10 +81,10 @@ def abstract_params(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh, quantize:
     """Returns the target's weights as shapes, placed as `load_model` would place them."""
 
     def of(kind: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct | Quantized:
-        return jax.ShapeDtypeStruct(leaf.shape, dtype) if kind == NOT_QUANTIZED else quantized.shapes(leaf.shape, kind)
+        return jax.ShapeDtypeStruct(leaf.shape, dtype) if kind == NOT_QUANTIZED else stored.shapes(leaf.shape, kind)
 
     abstract = nn.meta.unbox(sharding.abstract_params(config))
-    shapes = jax.tree.map(of, quantized.kinds(abstract, quantize), abstract)
+    shapes = jax.tree.map(of, stored.kinds(abstract, quantize), abstract)
     return _placed(shapes, sharding.param_shardings(config, mesh, quantize))
 
 
@@ -164,7 +163,7 @@ def compile_distill(config: ExperimentConfig, model: ModelConfig, devices: Seque
     check_against_model(config, model)
     given = training(config, model, make_layout(config, devices))
     arguments = (given.frozen, given.state, given.batch, given.features)
-    with calls.on_mesh(True):
+    with ops.kernels_for(devices[0].platform):
         lowered = step.jit_step(given.state).lower(given.config, *arguments)
     return Program(DISTILL, _compile(DISTILL, lowered), arguments, given.held, given.batch.tokens.size)
 
@@ -267,7 +266,7 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
     sampling = Sampling(floats(), ints(rows), floats(), floats())
 
     def compile(name: str, function: jax.stages.Wrapped, *arguments: Any, **static: Any) -> tuple[jax.stages.Compiled, Any]:
-        with calls.on_mesh(True):
+        with ops.kernels_for(devices[0].platform):
             lowered = function.lower(*arguments, **static)
         compiled = _compile(name, lowered)
         return compiled, _placed(lowered.out_info, compiled.output_shardings)

@@ -25,11 +25,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu import codes as cpu_codes
-from eesd_jax.kernels.cpu.codes import Codes
-from eesd_jax.model import exit_branch, llama
+from eesd_jax.model import exit_branch, llama, stored
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, Fusion
+from eesd_jax.model.stored import Codes
 from eesd_jax.weights import hub, safetensors
 
 TENSORS_NAME = "exit_branch.safetensors"
@@ -125,7 +124,7 @@ def fingerprint(params: llama.Params) -> str:
 
     Of each weight a name such as `blocks/3/wq`, a shape such as `(576, 576)` and the values, in the order of those names' paths.
     """
-    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(params), strict=True)
+    paths, leaves = zip(*jax.tree_util.tree_leaves_with_path(stored.dense(params)), strict=True)
     home = leaves[0].sharding
     # On a mesh the values are wanted on every host.
     placement = NamedSharding(home.mesh, PartitionSpec()) if isinstance(home, NamedSharding) else None
@@ -254,11 +253,11 @@ class BranchFolder:
                 self._check_scale(name, leaf.shape)
 
     def _check_scale(self, name: str, shape: tuple[int, ...]) -> None:
-        where, wanted = self.path / TENSORS_NAME, [shape[0], shape[1] // cpu_codes.GROUP]
+        where, wanted = self.path / TENSORS_NAME, [shape[0], shape[1] // stored.GROUP]
         if name + _SCALE not in self._names:
             raise UserError(f"{where}: tensor {name} is stored as I8, and there is no {name}{_SCALE}; expected it beside")
         scale = self._tensors.get_slice(name + _SCALE)
-        if scale.get_shape() != wanted or scale.get_dtype() != "F16" or shape[1] % cpu_codes.GROUP:
+        if scale.get_shape() != wanted or scale.get_dtype() != "F16" or shape[1] % stored.GROUP:
             raise UserError(f"{where}: tensor {name}{_SCALE} is {scale.get_dtype()} {scale.get_shape()}; expected F16 {wanted}")
 
     def _read(self, name: str) -> np.ndarray:
@@ -266,7 +265,7 @@ class BranchFolder:
             tensor = self._tensors.get_tensor(name)
             if tensor.dtype == np.int8:
                 scale = self._tensors.get_tensor(name + _SCALE).astype(np.float32)
-                tensor = np.asarray(cpu_codes.numbers(Codes(tensor, scale, None)))
+                tensor = np.asarray(stored.numbers(Codes(tensor, scale, None)))
             return tensor
         except (SafetensorError, OSError) as error:
             raise UserError(f"{self.path / TENSORS_NAME}: cannot read tensor {name} ({error})") from None
@@ -303,7 +302,7 @@ def save_branch(folder: str | pathlib.Path, branch: ExitBranch, info: BranchInfo
     tensors = {name: np.asarray(leaf) for name, leaf in zip(names, jax.device_get(jax.tree.leaves(branch)), strict=True)}
     if in_bytes:
         for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
-            if (codes := cpu_codes.rounded(jnp.asarray(tensors[name]))) is not None:
+            if (codes := stored.rounded(jnp.asarray(tensors[name]))) is not None:
                 tensors |= {name: np.asarray(codes.codes), name + _SCALE: np.asarray(codes.scale, np.float16)}
     text = json.dumps({"format_version": FORMAT_VERSION} | dataclasses.asdict(info), indent=2, allow_nan=False) + "\n"
     replace_files(

@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.model.stored import Codes
 from eesd_jax.weights import gguf_reader
 
 SUPPORTED_ARCHITECTURES = ("llama", "qwen2", "qwen3")

@@ -8,7 +8,7 @@ import ctypes
 import math
 import pathlib
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import flax.linen as nn
@@ -19,13 +19,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from eesd_jax.config import NOT_QUANTIZED
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu import calls, integers
-from eesd_jax.kernels.cpu import codes as cpu_codes
-from eesd_jax.kernels.cpu.codes import Codes
-from eesd_jax.kernels.cpu.integers import Integers
-from eesd_jax.model import llama, quantized, sharding
+from eesd_jax.model import llama, ops, sharding, stored
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.stored import Codes, Quantized
 from eesd_jax.weights import end_tokens, gguf, hub, safetensors, tiny, tokenizer
 from eesd_jax.weights import quantize as quantizing
 
@@ -87,8 +83,7 @@ class ModelText(NamedTuple):
 class LoadedModel(NamedTuple):
     """Everything that generation needs of a model.
 
-    config, tokenizer, eos_ids: as in `ModelText`. params: as in `model/llama.py`.
-    codes: of those weights that are stored as such, for `llama.with_codes`; None where nothing would be gained by them.
+    config, tokenizer, eos_ids: as in `ModelText`. params: as in `model/llama.py`; weights are `Stored` where kernels read their codes.
     quantize: how the matrices of blocks are quantised; one of `config.QUANTIZATIONS`.
     """
 
@@ -96,7 +91,6 @@ class LoadedModel(NamedTuple):
     params: llama.Params
     tokenizer: "PreTrainedTokenizerBase"
     eos_ids: tuple[int, ...]
-    codes: dict[str, Any] | None = None
     quantize: str = NOT_QUANTIZED
 
 
@@ -114,16 +108,13 @@ def load_model(name: str, dtype: jnp.dtype, mesh: Mesh | None = None, quantize: 
     """
     text, source = _open(name)
     params = load_params(text.config, source, dtype, mesh, quantize)
-    codes = None
     # In other arithmetic codes would not stand for the very weights.
-    if mesh is None and dtype == jnp.float32 and calls.possible():
+    if mesh is None and dtype == jnp.float32 and ops.pack_codes.kernels():
         if quantize != NOT_QUANTIZED:
-            codes = quantized_codes(text.config, params)
+            params = llama.with_codes(text.config, params, quantized_codes(text.config, params))
         elif isinstance(source, gguf.GGUFSource):
-            codes = load_codes(text.config, source)
-    if not jax.tree.leaves(codes):
-        codes = None  # of a file of floats, say
-    return LoadedModel(text.config, params, text.tokenizer, text.eos_ids, codes, quantize)
+            params = llama.with_codes(text.config, params, load_codes(text.config, source))
+    return LoadedModel(text.config, params, text.tokenizer, text.eos_ids, quantize)
 
 
 def load_text(name: str) -> ModelText:
@@ -186,7 +177,7 @@ def load_params(
     abstract = nn.meta.unbox(sharding.abstract_params(config))
     names = _source_names(abstract)
     _check_tensors(config, abstract, names, source)
-    kinds = quantized.kinds(abstract, quantize)
+    kinds = stored.kinds(abstract, quantize)
     if mesh is None:
         home = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         placements = jax.tree.map(lambda kind: home if kind == NOT_QUANTIZED else Quantized(home, home), kinds)
@@ -257,35 +248,24 @@ def _as_it_is(array: jax.Array) -> jax.Array:
 
 
 def load_codes(config: ModelConfig, source: gguf.GGUFSource) -> dict[str, Any]:
-    """The codes of every matrix that the file stores as such, in the structure and as this processor takes them: see `llama.with_codes`."""
+    """Reads the codes of every matrix that the file stores as such, for `llama.with_codes`."""
 
     def read(names: dict[str, str]) -> dict[str, Codes]:
         found = {ours: source.codes(name) for ours, name in names.items()}
         return {ours: jax.tree.map(jnp.asarray, codes) for ours, codes in found.items() if codes is not None}
 
     names = _source_names(nn.meta.unbox(sharding.abstract_params(config)))
-    head = {"head": names["embed" if config.tie_embeddings else "lm_head"]}
-    return _arrange(read(head), (read(block) for block in names["blocks"]))
+    return read({"head": names["embed" if config.tie_embeddings else "lm_head"]}) | {"blocks": tuple(map(read, names["blocks"]))}
 
 
 def quantized_codes(config: ModelConfig, params: llama.Params) -> dict[str, Any]:
-    """As `load_codes`, of quantised params."""
+    """Makes, of quantised params, what `load_codes` reads."""
 
     def codes(weights: dict[str, jax.Array | Quantized]) -> dict[str, Codes]:
-        found = {name: cpu_codes.of_quantized(weight) for name, weight in weights.items() if isinstance(weight, Quantized)}
+        found = {name: stored.of_quantized(weight) for name, weight in weights.items() if isinstance(weight, Quantized)}
         return {name: codes for name, codes in found.items() if codes is not None}
 
-    head = {"head": params["embed" if config.tie_embeddings else "lm_head"]}
-    return _arrange(codes(head), map(codes, params["blocks"]))
-
-
-def _arrange(head: dict[str, Codes], blocks: Iterable[dict[str, Codes]]) -> dict[str, Any]:
-    """Codes as this processor takes them, those of a block that belong together joined."""
-
-    def arrange(codes: dict[str, Codes]) -> dict[str, Codes | Integers]:
-        return {name: integers.from_codes(of_weight) for name, of_weight in codes.items()}
-
-    return arrange(head) | {"blocks": tuple(arrange(llama.join_codes(block)) for block in blocks)}
+    return codes({"head": params["embed" if config.tie_embeddings else "lm_head"]}) | {"blocks": tuple(map(codes, params["blocks"]))}
 
 
 def _source_names(abstract: llama.Params) -> llama.Params:

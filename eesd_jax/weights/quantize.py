@@ -10,14 +10,14 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
-from eesd_jax.model import quantized
-from eesd_jax.model.quantized import SCHEMES, Quantized
+from eesd_jax.model import stored
+from eesd_jax.model.stored import SCHEMES, Quantized
 
 _PIECE = 2**25  # weights quantised at once, in float32
 
 
 def quantize(weight_OxI: np.ndarray, kind: str) -> Quantized:
-    """Numpy codes and scales of a weight, by the scheme of that name (`quantized.SCHEMES`)."""
+    """Numpy codes and scales of a weight, by the scheme of that name (`stored.SCHEMES`)."""
     rows = max(1, _PIECE // weight_OxI.shape[1])
     with jax.default_device(_host()):
         pieces = [
@@ -43,7 +43,7 @@ def place(shape: tuple[int, int], read: Callable[[tuple[slice, slice]], np.ndarr
             rows[key] = quantize(read((index[0], slice(None))), kind)
         return rows[key][field][:, index[1]]
 
-    fields = enumerate(zip(quantized.shapes(shape, kind), homes, strict=True))
+    fields = enumerate(zip(stored.shapes(shape, kind), homes, strict=True))
     return Quantized(
         *(jax.make_array_from_callback(array.shape, home, functools.partial(part, i)).block_until_ready() for i, (array, home) in fields)
     )
@@ -55,7 +55,7 @@ def _quantize(weight_OxI: jax.Array, kind: str) -> Quantized:
 
     scheme, inputs = SCHEMES[kind], weight_OxI.shape[1]
     # One group of all inputs, too, is a group: the scale then has one column.
-    groups = {1: quantized.group_size(kind, inputs)}
+    groups = {1: stored.group_size(kind, inputs)}
     found = qwix.quantize(weight_OxI, scheme.dtype, channelwise_axes=(0,), tiled_axes=groups, scale_dtype=scheme.scale_dtype)
     return Quantized(found.qvalue, found.scale)
 

@@ -11,7 +11,7 @@ from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode.controllers import Beta, Calibration, Fixed
 from eesd_jax.engine.drafter import Drafter
-from eesd_jax.model import llama
+from eesd_jax.model import stored
 from eesd_jax.model.exit_branch import init_exit_branch
 
 BETA = Beta(prior_alpha=1.0, prior_beta=1.0, discount=0.9, idle_discount=1.0)
@@ -54,7 +54,7 @@ def test_parts_are_held_against_memory(overhead, lm):
     assert set(works) == {"early", "exit", *(("verify", width) for width in lm.drafter.draft.widths)}
     least = min(lm.drafter.draft.widths)
     keys = [lm.branch.block[name] for name in ("wk", "wv")]
-    of_model = sum(leaf.nbytes for leaf in jax.tree.leaves((llama.weights_read(lm.params), keys)))
+    of_model = sum(leaf.nbytes for leaf in jax.tree.leaves(stored.read((lm.params, keys))))
     embedding = 0 if lm.model.config.tie_embeddings else lm.params["embed"].nbytes
     assert works["early"].bytes + works["verify", least].bytes == of_model - embedding
     assert {works["verify", width].bytes for width in lm.drafter.draft.widths} == {works["verify", least].bytes}

@@ -16,8 +16,8 @@ from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources.bandit import Arms
 from eesd_jax.engine import timing
 from eesd_jax.engine.drafter import Drafter
-from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.model.exit_branch import init_exit_branch
+from eesd_jax.model.stored import Codes, Stored
 
 # --- Names ---
 
@@ -240,7 +240,7 @@ def test_a_folder_that_cannot_be_made_is_warned_of(folder, measurements):
 
 def test_whatever_changes_the_cost_is_measured_on_its_own(folder, measurements):
     coded = fake_engine()
-    coded.params |= {"head_codes": Codes(jnp.zeros((4, 32), jnp.int8), jnp.zeros((4, 1)), None)}
+    coded.params |= {"embed": Stored(coded.params["embed"], Codes(jnp.zeros((4, 32), jnp.int8), jnp.zeros((4, 1)), None))}
     others = [
         (fake_engine(), 2),
         (fake_engine(dtype=jnp.bfloat16), 1),

@@ -14,9 +14,8 @@ from eesd_jax.config import ExperimentConfig, MeshConfig
 from eesd_jax.distill import data, step, teacher, trainer
 from eesd_jax.distill.layout import make_layout
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import cache as kv
-from eesd_jax.model import exit_branch, llama, ops, quantized, sharding
+from eesd_jax.model import exit_branch, llama, ops, sharding, stored
 
 MESHES = {"data 8": (8, 1, 1), "data 4, fsdp 2": (4, 2, 1), "data 2, fsdp 2, tensor 2": (2, 2, 2)}
 MORE_MESHES = {"data 4, tensor 2": (4, 1, 2), "fsdp 2, tensor 4": (1, 2, 4), "fsdp 8": (1, 8, 1), "tensor 8": (1, 1, 8)}
@@ -36,8 +35,7 @@ def first_batch(run: trainer.Run) -> data.Batch:
 
 def one_step(run: trainer.Run) -> tuple[step.TrainState, step.Metrics]:
     batch = run.layout.place(first_batch(run))
-    with calls.on_mesh(run.layout.mesh.size > 1):
-        state, metrics = run.compile_step()(run.initial, trainer.Input(batch, None, {}, 0))
+    state, metrics = run.compile_step()(run.initial, trainer.Input(batch, None, {}, 0))
     return jax.device_get(state), jax.device_get(metrics)
 
 
@@ -108,7 +106,7 @@ def test_accumulated_parts_are_the_whole_batch(mixed, alone, parts):
 def test_a_quantised_trunk_teaches_what_its_numbers_would(dataset, tmp_path):
     config = make_config(dataset, tmp_path, quantize="int4")
     run, dense = prepare(config), prepare(dataclasses.replace(config, quantize="none"))
-    numbers = functools.partial(jax.tree.map, functools.partial(quantized.to_dense, dtype=jnp.float32), is_leaf=is_quantized)
+    numbers = functools.partial(jax.tree.map, functools.partial(stored.to_dense, dtype=jnp.float32), is_leaf=is_quantized)
     assert is_quantized(run.frozen.trunk.early["wq"])
     assert not np.array_equal(numbers(run.frozen.trunk.early["wq"]), dense.frozen.trunk.early["wq"])
     dense.frozen, dense.initial = numbers(run.frozen), jax.tree.map(jnp.copy, run.initial)
@@ -118,7 +116,7 @@ def test_a_quantised_trunk_teaches_what_its_numbers_would(dataset, tmp_path):
 
 
 def is_quantized(leaf: Any) -> bool:
-    return isinstance(leaf, quantized.Quantized)
+    return isinstance(leaf, stored.Quantized)
 
 
 @pytest.mark.slow

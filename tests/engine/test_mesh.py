@@ -18,7 +18,6 @@ from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources import ngrams
 from eesd_jax.engine import engine as programs
 from eesd_jax.engine.drafter import Drafter
-from eesd_jax.kernels.cpu import calls
 from eesd_jax.model import exit_branch
 from eesd_jax.model.sharding import make_mesh
 from eesd_jax.weights.load import LoadedModel, load_params
@@ -102,19 +101,31 @@ def test_a_table_of_ngrams_drafts_on_a_mesh_what_it_drafts_on_one_device(axes):
     assert sum(accepted for _, accepted in logs[1]) >= 20
 
 
+def lower(engine: Engine, controller: Controller | None, state: object) -> jax.stages.Lowered:
+    """The loop that decodes, lowered."""
+    settings = programs._sampling_arrays(SamplingConfig(), 2, engine.rows_home)
+    model, no_eos, rest = engine.model, jnp.zeros(1, jnp.int32), (settings, state, jnp.int32(4))
+    if controller is None:
+        return programs._decode_plain.lower(model.config, no_eos, engine.params, *rest)
+    weights, draft = (engine.params, engine.branch), engine.drafter.draft
+    return programs._decode_speculative.lower(model.config, draft, controller, no_eos, *weights, *rest)
+
+
 def decode_program(engine: Engine, controller: Controller | None) -> tuple[str, object]:
     """The HLO of the loop that decodes, and the state that it is given."""
     state = engine.prefill(PROMPTS, [0, 1], 2, 20, controller)
-    settings = programs._sampling_arrays(SamplingConfig(), 2, engine.rows_home)
-    model, rest = engine.model, (settings, state, jnp.int32(4))
-    with calls.on_mesh(True):
-        if controller is None:
-            lowered = programs._decode_plain.lower(model.config, jnp.zeros(1, jnp.int32), engine.params, *rest)
-        else:
-            weights = (engine.params, engine.branch)
-            draft = engine.drafter.draft
-            lowered = programs._decode_speculative.lower(model.config, draft, controller, jnp.zeros(1, jnp.int32), *weights, *rest)
-    return lowered.compile().as_text(), state
+    return lower(engine, controller, state).compile().as_text(), state
+
+
+@pytest.mark.parametrize("controller", [None, Fixed(2)], ids=["plain", "EESD"])
+def test_weights_that_are_split_are_left_to_the_compiler(controller):
+    """No kernel is called, though nobody says that there is a mesh, and of the state nothing tells it."""
+    alone = make_engine({})
+    state = alone.prefill(PROMPTS, [0, 1], 2, 20, controller)
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+    engines = {"one device": alone, "four": make_engine({"tensor": 4})}
+    called = {name: "eesd_jax_" in lower(engine, controller, shapes).as_text() for name, engine in engines.items()}
+    assert called == {"one device": jax.default_backend() == "cpu", "four": False}
 
 
 def collectives(text: str) -> collections.Counter[str]:

@@ -12,11 +12,12 @@ import pytest
 import tiny
 from gguf import GGMLQuantizationType as GGMLType
 
-from eesd_jax.kernels.cpu import calls, integers
 from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu import integers
 from eesd_jax.kernels.cpu import rows as cpu_rows
-from eesd_jax.kernels.cpu.codes import Codes
+from eesd_jax.model import stored
 from eesd_jax.model.exit_branch import with_codes
+from eesd_jax.model.stored import Codes, Stored
 from eesd_jax.weights.gguf import GGUFSource
 from eesd_jax.weights.load import load_model
 
@@ -44,39 +45,36 @@ def test_gives_the_bits_of_the_matrix(registers, kind, inputs, outputs):
 @pytest.mark.parametrize("kind", KINDS)
 def test_concatenated_codes_stand_for_the_concatenated_matrix(kind):
     parts = [coded.weight_of(kind, outputs, 64) for outputs in (8, 4, 4)]
-    assert cpu_codes.same_kind([codes for codes, _ in parts])
+    assert stored.same_kind([codes for codes, _ in parts])
     x = jnp.ones((2, 64))
-    found = multiply(x, cpu_codes.concatenate([codes for codes, _ in parts]))
+    found = multiply(x, stored.concatenate([codes for codes, _ in parts]))
     np.testing.assert_array_equal(found, np.concatenate([multiply(x, matrix) for _, matrix in parts], axis=1))
 
 
 def test_only_codes_of_a_kind_and_a_length_go_together():
     nibbles, narrow = coded.weight_of("nibbles", 4, 64)[0], coded.weight_of("bytes", 4, 32)[0]
-    assert not cpu_codes.same_kind([nibbles, narrow])
-    assert not cpu_codes.same_kind([nibbles, coded.weight_of("nibbles", 4, 96)[0]])
+    assert not stored.same_kind([nibbles, narrow])
+    assert not stored.same_kind([nibbles, coded.weight_of("nibbles", 4, 96)[0]])
 
 
 def test_other_sizes_are_left_to_others():
     codes, _ = coded.weight_of("bytes", 8, 64)
     assert not cpu_codes.usable(cpu_rows.MAX_ROWS + 1, codes)
-    assert not cpu_codes.usable(1, None)
     assert not cpu_codes.usable(1, jax.tree.map(lambda array: array[:6], codes))
-    with calls.on_mesh(True):
-        assert not cpu_codes.usable(1, codes)
 
 
 def test_rounding_to_8_bits_comes_near_and_is_done_once():
     weight = jax.random.normal(jax.random.key(0), (6, 96)) * jnp.array([1e-3, 1.0, 1e3, 0.0, 1e-9, 1.0])[:, None]
-    codes = cpu_codes.rounded(weight)
-    found = cpu_codes.numbers(codes)
+    codes = stored.rounded(weight)
+    found = stored.numbers(codes)
     greatest = jnp.max(jnp.abs(weight.reshape(6, 3, 32)), axis=-1)
     off = jnp.max(jnp.abs(found - weight).reshape(6, 3, 32), axis=-1)
     assert bool(jnp.all(off[:4] <= greatest[:4] * 0.51 / 127))
     np.testing.assert_array_equal(found[3:5], 0)  # what is smaller than any scale
-    again = cpu_codes.of_bytes(found)
+    again = stored.of_bytes(found)
     jax.tree.map(np.testing.assert_array_equal, again, codes)
-    assert cpu_codes.of_bytes(weight) is None
-    assert cpu_codes.rounded(weight[:, :48]) is None
+    assert stored.of_bytes(weight) is None
+    assert stored.rounded(weight[:, :48]) is None
 
 
 @pytest.mark.parametrize("kind", [GGMLType.Q4_0, GGMLType.Q4_1, GGMLType.Q8_0, GGMLType.Q5_0, GGMLType.F32])
@@ -132,12 +130,12 @@ def test_programs_read_codes_alone_where_rows_are_few(engines):
 def test_a_branch_that_needs_32_bits_keeps_them(engines):
     engine, _ = engines
     branch = engine.drafter.branch
-    assert engine.branch.head_codes.codes.dtype == jnp.int8
+    assert engine.branch.head.codes.codes.dtype == jnp.int8
     fine = with_codes(branch._replace(head=branch.head.at[0, 0].add(1e-4)))
-    assert fine.head_codes is None
+    assert isinstance(fine.block["wq"], Stored) and not isinstance(fine.head, Stored)
 
 
 def test_codes_are_not_kept_where_they_are_not_the_weights(tmp_path):
     file = tiny.write_gguf(tmp_path / "model.gguf", tiny.hf_config(), matrix_type=gguf.GGMLQuantizationType.Q8_0)
-    assert load_model(str(file), jnp.dtype("float32")).codes is not None
-    assert load_model(str(file), jnp.dtype("bfloat16")).codes is None
+    assert stored.has_codes(load_model(str(file), jnp.dtype("float32")).params)
+    assert not stored.has_codes(load_model(str(file), jnp.dtype("bfloat16")).params)

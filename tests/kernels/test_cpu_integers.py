@@ -6,11 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eesd_jax.kernels.cpu import calls, dots, integers, tiles
 from eesd_jax.kernels.cpu import codes as cpu_codes
+from eesd_jax.kernels.cpu import dots, integers, tiles
 from eesd_jax.kernels.cpu import rows as cpu_rows
-from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.kernels.cpu.integers import Integers
+from eesd_jax.model import ops
+from eesd_jax.model.stored import Codes
 
 KERNELS = [module for module in (tiles, dots) if jax.default_backend() == "cpu" and module.available()]
 pytestmark = pytest.mark.skipif(not KERNELS, reason="for processors that multiply integers")
@@ -141,5 +142,5 @@ def test_programs_read_integers_alone(engines):
         # Queries, keys and values of a block are one product; so are gate and up.
         assert program.count(f"call @{integers.kernel().TARGET}") == 3 * 4 + 1
         assert cpu_rows.TARGET not in program and cpu_codes.TARGET not in program
-    with calls.on_mesh(True):
+    with ops.kernels_for(ops.PLAIN):
         assert integers.kernel().TARGET not in coded.program(engines[0], 2)

@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 import tiny
 
-from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu import rows as cpu_rows
-from eesd_jax.model import llama
+from eesd_jax.model import ops
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "cpu", reason="a kernel for CPUs")
 
@@ -67,10 +66,10 @@ def test_decoding_passes_use_it():
     weight = tiny.params(config)["blocks"][0]["wq"]
 
     def program() -> str:
-        return jax.jit(llama.linear).lower(jnp.ones((1, 2, config.hidden_size)), weight).as_text()
+        return jax.jit(ops.linear).lower(jnp.ones((1, 2, config.hidden_size)), weight).as_text()
 
     assert cpu_rows.TARGET in program()
-    with calls.on_mesh(True):
+    with ops.kernels_for(ops.PLAIN):
         assert cpu_rows.TARGET not in program()
 
 

@@ -21,10 +21,8 @@ from eesd_jax.decode.controllers import Calibration, Controller
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.scheduler import Refiller, Request
-from eesd_jax.kernels.cpu import calls
-from eesd_jax.kernels.cpu import codes as cpu_codes
-from eesd_jax.model import exit_branch, llama, quantized, sharding
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model import exit_branch, llama, ops, sharding, stored
+from eesd_jax.model.stored import Quantized, Stored
 from eesd_jax.planning import counts, programs
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.load import LoadedModel, load_params, quantized_codes
@@ -59,9 +57,9 @@ def load(kind: str, mesh: jax.sharding.Mesh | None = None, dtype: str = "float32
 def test_every_number_is_within_half_a_step(kind, inputs):
     weight = weight_of(24, inputs)
     found = quantize(weight, kind)
-    wanted = quantized.shapes(weight.shape, kind)
+    wanted = stored.shapes(weight.shape, kind)
     assert [(array.shape, array.dtype) for array in found] == [(array.shape, array.dtype) for array in wanted]
-    dense = np.asarray(quantized.to_dense(on_device(found), jnp.dtype("float32")))
+    dense = np.asarray(stored.to_dense(on_device(found), jnp.dtype("float32")))
     scale = np.asarray(found.scale, np.float32)
     step = np.repeat(scale, inputs // scale.shape[1], axis=1)
     # A scale with 8 significant bits is off by 2^-9 at most, and so is what is made of it.
@@ -83,29 +81,25 @@ def test_a_weight_of_several_pieces_is_that_of_one(kind, monkeypatch):
 def test_products_are_those_of_the_numbers(kind):
     weight = on_device(quantize(weight_of(24, 576), kind))
     x = jax.random.normal(jax.random.key(0), (2, 3, 576))
-    dense = quantized.to_dense(weight, jnp.dtype("float32"))
-    product = llama.linear(x, weight)
-    np.testing.assert_allclose(product, llama.linear(x, dense), rtol=1e-5, atol=1e-5)
+    dense = stored.to_dense(weight, jnp.dtype("float32"))
+    product = ops.linear(x, weight)
+    np.testing.assert_allclose(product, ops.linear(x, dense), rtol=1e-5, atol=1e-5)
     many = jnp.tile(x, (10, 10, 1))  # so many that the matrix is made first
-    np.testing.assert_allclose(llama.linear(many, weight), llama.linear(many, dense), rtol=1e-5, atol=1e-5)
-    in_16_bits = llama.linear(x.astype(jnp.bfloat16), weight, preferred_element_type=jnp.float32)
+    np.testing.assert_allclose(ops.linear(many, weight), ops.linear(many, dense), rtol=1e-5, atol=1e-5)
+    in_16_bits = ops.linear(x.astype(jnp.bfloat16), weight, preferred_element_type=jnp.float32)
     assert in_16_bits.dtype == jnp.float32
     assert np.abs(in_16_bits - product).max() < 0.02 * np.abs(product).max()
-    assert llama.linear(x.astype(jnp.bfloat16), weight).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(quantized.take_rows(weight, jnp.array([[5, 3], [0, 5]]), dense.dtype), dense[np.array([[5, 3], [0, 5]])])
+    assert ops.linear(x.astype(jnp.bfloat16), weight).dtype == jnp.bfloat16
+    np.testing.assert_array_equal(stored.take_rows(weight, jnp.array([[5, 3], [0, 5]]), dense.dtype), dense[np.array([[5, 3], [0, 5]])])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_codes_for_kernels_stand_for_the_same_numbers(kind):
     weight = on_device(quantize(weight_of(32, 576), kind))
     x = jax.random.normal(jax.random.key(0), (3, 576))
-    np.testing.assert_allclose(
-        cpu_codes.rows_by_codes(x, cpu_codes.of_quantized(weight)),
-        llama.linear(x[None], quantized.to_dense(weight, x.dtype))[0],
-        rtol=1e-6,
-        atol=1e-5,
-    )
-    assert cpu_codes.of_quantized(on_device(quantize(weight_of(32, 48), kind))) is None
+    product = ops.linear(x, Stored(weight, ops.pack_codes(stored.of_quantized(weight))))
+    np.testing.assert_allclose(product, ops.linear(x, stored.to_dense(weight, x.dtype)), rtol=1e-6, atol=1e-5)
+    assert stored.of_quantized(on_device(quantize(weight_of(32, 48), kind))) is None
 
 
 def test_a_loop_keeps_no_floats_of_the_weights():
@@ -113,7 +107,7 @@ def test_a_loop_keeps_no_floats_of_the_weights():
     weight = on_device(quantize(weight_of(24, 64), "int8"))
 
     def decode(weight: Quantized, x: jax.Array) -> jax.Array:
-        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e3, lambda x: x + jnp.pad(llama.linear(x, weight), ((0, 0), (0, 40))), x)
+        return jax.lax.while_loop(lambda x: jnp.sum(x) < 1e3, lambda x: x + jnp.pad(ops.linear(x, weight), ((0, 0), (0, 40))), x)
 
     text = jax.jit(decode).lower(weight, jnp.ones((4, 64))).compile().as_text()
     loops = [line for line in text.splitlines() if re.search(r"\) while\(", line)]
@@ -147,8 +141,8 @@ def test_a_branch_of_a_quantised_target_is_made_of_its_numbers():
     params = load("int4")
     branch = exit_branch.init_exit_branch(CONFIG, params, 1, "next", np.array([3, 5, 8]))
     assert jax.tree.structure(branch.block) == jax.tree.structure(load("none")["blocks"][0])
-    np.testing.assert_array_equal(branch.block["wq"], quantized.to_dense(params["blocks"][1]["wq"], jnp.dtype("float32")))
-    np.testing.assert_array_equal(branch.head, quantized.to_dense(params["lm_head"], jnp.dtype("float32"))[np.array([3, 5, 8])])
+    np.testing.assert_array_equal(branch.block["wq"], stored.to_dense(params["blocks"][1]["wq"], jnp.dtype("float32")))
+    np.testing.assert_array_equal(branch.head, stored.to_dense(params["lm_head"], jnp.dtype("float32"))[np.array([3, 5, 8])])
 
 
 def test_a_branch_of_the_target_as_it_is_is_warned_of(tmp_path):
@@ -169,12 +163,13 @@ def test_a_branch_of_the_target_as_it_is_is_warned_of(tmp_path):
 def make_engine(kind: str, mesh: jax.sharding.Mesh | None = None, *, coded: bool = True, dtype: str = "float32") -> Engine:
     """A quantised model with lookup and a branch behind its first block, which is right now and then."""
     params = load(kind, mesh, dtype)
-    codes = quantized_codes(CONFIG, params) if coded and mesh is None else None
+    if coded and mesh is None:
+        params = llama.with_codes(CONFIG, params, quantized_codes(CONFIG, params))
     branch = exit_branch.init_exit_branch(CONFIG, load(kind, None, dtype), 1, "zero")
     if mesh:
         branch = jax.tree.map(jax.device_put, branch, exit_branch.exit_branch_shardings(CONFIG, CONFIG.vocab_size, mesh))
     draft = DraftConfig(1, 2, verify_widths=(), longest_match=LONGEST_MATCH)
-    model = LoadedModel(CONFIG, params, tiny.tokenizer(), (), codes, kind)
+    model = LoadedModel(CONFIG, params, tiny.tokenizer(), (), kind)
     return Engine(
         model, DecodeConfig(max_new_tokens=20, prompt_buckets=(16,), min_capacity=64), Drafter(branch, draft, Calibration(), False)
     )
@@ -223,7 +218,7 @@ def test_a_file_that_is_quantised_already_is_quantised_anew(tmp_path):
     dense = eesd_jax.load(str(file), dtype="float32", exit_branch="none", arms=["lookup"])
     weight, read = engine.model.params["blocks"][0]["wq"], dense.model.params["blocks"][0]["wq"]
     jax.tree.map(np.testing.assert_array_equal, weight, quantize(np.asarray(read), "int4"))
-    assert (engine.model.codes is not None) == calls.possible()
+    assert stored.has_codes(engine.params) == bool(ops.pack_codes.kernels())
 
 
 # What users see -------------------------------------------------------------------------------------------------------------------------

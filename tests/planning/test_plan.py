@@ -51,10 +51,9 @@ def test_the_step_is_the_trainers(tmp_path, draft_vocab, train_head):
     write_dataset(tmp_path / "dataset")
     planned = programs.compile_distill(config, known.find_config("tiny"), jax.devices())
     where = layout.make_layout(config)
-    with trainer.cpu_calls.on_mesh(True):
-        run = trainer.Run(config, tmp_path, where, load.load_model("tiny", jnp.float32, where.mesh))
-        item = next(run.read_ahead(run.new_loader(), None, 1))
-        real = trainer.step.jit_step(run.initial).lower(run.step_config, run.frozen, run.initial, item.batch, item.features)
+    run = trainer.Run(config, tmp_path, where, load.load_model("tiny", jnp.float32, where.mesh))
+    item = next(run.read_ahead(run.new_loader(), None, 1))
+    real = trainer.step.jit_step(run.initial).lower(run.step_config, run.frozen, run.initial, item.batch, item.features)
     frozen, state, batch, _ = planned.arguments
     assert places(frozen) == places(run.frozen)
     assert places(state) == places(run.initial)

@@ -20,8 +20,7 @@ from safetensors.numpy import load_file, save_file
 import eesd_jax
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.errors import UserError
-from eesd_jax.kernels.cpu import codes as cpu_codes
-from eesd_jax.model import llama, sharding
+from eesd_jax.model import llama, sharding, stored
 from eesd_jax.model.config import ModelConfig, RopeConfig
 from eesd_jax.model.exit_branch import init_exit_branch
 from eesd_jax.weights import branch_folder, hub
@@ -95,7 +94,7 @@ def test_matrices_in_8_bits_are_read_as_what_they_stand_for(tmp_path):
     save_branch(tmp_path, branch, info, in_bytes=True)
     stored = load_file(tmp_path / TENSORS_NAME)
     assert (stored["head"].dtype, stored["head.scale"].dtype, stored["norm"].dtype) == (np.int8, np.float16, np.float32)
-    expected = jax.tree.map(lambda leaf: cpu_codes.numbers(cpu_codes.rounded(leaf)) if leaf.ndim == 2 else leaf, branch)
+    expected = jax.tree.map(lambda leaf: stored.numbers(stored.rounded(leaf)) if leaf.ndim == 2 else leaf, branch)
     loaded = load_branch(str(tmp_path), CONFIG, PARAMS).branch
     assert_equal(loaded, expected)
     save_branch(tmp_path / "again", loaded, info, in_bytes=True)
@@ -486,8 +485,9 @@ def test_auto_takes_the_branch_that_this_package_carries(tmp_path, monkeypatch):
 def test_auto_leaves_the_branch_out_beside_lookup_where_weights_are_codes(tmp_path, monkeypatch):
     monkeypatch.setattr(branch_folder, "SHIPPED", tmp_path)
     target = tiny.loaded_model()
-    codes = {"blocks": ({},) * target.config.num_layers}
-    monkeypatch.setattr(eesd_jax.engine.engine, "load_model", lambda *_: target._replace(codes=codes))
+    embed = target.params["embed"]
+    coded = target._replace(params=target.params | {"embed": stored.Stored(embed, stored.rounded(embed))})
+    monkeypatch.setattr(eesd_jax.engine.engine, "load_model", lambda *_: coded)
     branch, _ = write(tmp_path / "you--tiny")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -23,14 +23,6 @@ FLOATS = F32.as_pointer()
 # Behind the words of a job: counters that only atomics touch.
 _COUNTERS = ("next", "done", "users")
 
-# Set (`with on_mesh(True):`) where weights are split over devices: then all is XLA's, which knows how to split it.
-on_mesh = jax.make_user_context(False)
-
-
-def possible() -> bool:
-    """Whether programs that are traced now may call kernels for CPU."""
-    return jax.default_backend() == "cpu" and not on_mesh.value
-
 
 @functools.cache
 def cores() -> int:

@@ -1,7 +1,7 @@
 """A few rows times a matrix on CPU, where the matrix lies in memory as the 4- or 8-bit codes that its file stores.
 
 Decoding is as fast as memory gives the weights, and codes are a quarter to a sixth of the float32 numbers that they stand for. The
-numbers are made of them in registers, and multiplied and summed as `cpu_rows` does it: results are those of the float32 matrix to the bit.
+numbers are made of them in registers, and multiplied and summed as `rows.py` does it: results are those of the float32 matrix to the bit.
 
 Axes: R rows, I inputs, O outputs, G groups of 32 inputs.
 """
@@ -18,79 +18,17 @@ from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu import rows as cpu_rows
 from eesd_jax.kernels.cpu.calls import BYTES, F32, FLOATS, I32, I64
 from eesd_jax.kernels.cpu.rows import BLOCK_OUTPUTS
-from eesd_jax.model.quantized import Quantized
+from eesd_jax.model.stored import GROUP, Codes
 
 TARGET = "eesd_jax_rows_by_codes"
-GROUP = 32
 # With more rows than registers hold, four outputs' weights are written out on the thread's stack.
 _MAX_INPUTS = 16384
 _AHEAD = 2048  # bytes of codes that memory is asked for early
 
 
-class Codes(NamedTuple):
-    """A weight [O, I] as its file stores it: `scale * code + offset`, rounded behind each of the two, with a scale and an offset a group.
-
-    codes: uint8 [O, I / 2], two codes of 0..15 a byte, those of a group's first half in the low bits and of its second half in the high
-    ones; or int8 [O, I], which have no offset. scale, offset: float32 [O, G], or None for the offset.
-    """
-
-    codes: jax.Array
-    scale: jax.Array
-    offset: jax.Array | None
-
-
-def rounded(weight_OxI: jax.Array) -> Codes | None:
-    """Codes of 8 bits that come near to a weight, to half of a 127th of the greatest of each group; None where groups do not fit."""
-    outputs, inputs = weight_OxI.shape
-    if inputs % GROUP:
-        return None
-    groups = weight_OxI.astype(jnp.float32).reshape(outputs, -1, GROUP)
-    # Scales of 16 bits, which kernels read as such; a group whose scale would be 0 is.
-    scale = (jnp.max(jnp.abs(groups), axis=-1) / 127).astype(jnp.float16).astype(jnp.float32)
-    codes = jnp.where(scale[..., None] > 0, jnp.round(groups / jnp.where(scale > 0, scale, 1.0)[..., None]), 0)
-    return Codes(jnp.clip(codes, -127, 127).astype(jnp.int8).reshape(outputs, inputs), scale, None)
-
-
-def of_bytes(weight_OxI: jax.Array) -> Codes | None:
-    """The codes of 8 bits that stand for the very numbers of a weight, or None where there are none (see `rounded`)."""
-    codes = rounded(weight_OxI)
-    return codes if codes is not None and bool(jnp.all(numbers(codes) == weight_OxI)) else None
-
-
-def numbers(codes: Codes) -> jax.Array:
-    """What codes of 8 bits stand for, float32 [O, I]."""
-    groups = codes.codes.reshape(*codes.scale.shape, GROUP) * codes.scale[..., None]
-    return groups.reshape(codes.codes.shape)
-
-
-def of_quantized(weight: Quantized) -> Codes | None:
-    """The codes of a quantised weight in groups of 32, or None where its inputs are not so many whole groups.
-
-    The numbers that they stand for are the weight's own, to the bit: scales of 4-bit codes have few enough digits for that.
-    """
-    outputs, inputs = weight.shape
-    if inputs % GROUP:
-        return None
-    scale = jnp.repeat(weight.scale.astype(jnp.float32), inputs // GROUP // weight.scale.shape[1], axis=1)
-    if weight.codes.dtype == jnp.int8:
-        return Codes(weight.codes, scale, None)
-    halves = (weight.codes.astype(jnp.int8) + 8).astype(jnp.uint8).reshape(outputs, -1, 2, GROUP // 2)
-    return Codes((halves[:, :, 0] | halves[:, :, 1] << 4).reshape(outputs, -1), scale, -8 * scale)
-
-
-def concatenate(parts: Sequence[Codes]) -> Codes:
-    """The codes of weights of one kind, output behind output."""
-    return Codes(*(None if arrays[0] is None else jnp.concatenate(arrays) for arrays in zip(*parts, strict=True)))
-
-
-def same_kind(parts: Sequence[Codes]) -> bool:
-    """Whether `concatenate` can take them."""
-    return len({(part.codes.dtype, part.codes.shape[1], part.offset is None) for part in parts}) == 1
-
-
-def usable(rows: int, weight: Codes | None) -> bool:
-    """Whether `rows_by_codes` can take this product: on a CPU, few rows, and sizes that divide evenly."""
-    if weight is None or rows > cpu_rows.MAX_ROWS or not calls.possible():
+def usable(rows: int, weight: Codes) -> bool:
+    """Whether `rows_by_codes` can take this product: few rows, and sizes that divide evenly."""
+    if rows > cpu_rows.MAX_ROWS:
         return False
     outputs, width = weight.codes.shape
     inputs = width * _kind(weight).codes_a_unit

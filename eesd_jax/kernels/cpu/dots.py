@@ -1,6 +1,6 @@
 """Rows times a matrix of 4- or 8-bit codes on a CPU with dot products of bytes (AVX-512 VNNI: Intel since 2019, AMD since 2022).
 
-Groups are multiplied as `cpu_groups` says. 16 outputs lie in one register, and four inputs of each are multiplied at once by four bytes of
+Groups are multiplied as `groups.py` says. 16 outputs lie in one register, and four inputs of each are multiplied at once by four bytes of
 a row. Of the two bytes of a product one has no sign: codes of 8 bits are taken as 128 more than they are, which the sums are rid of.
 
 Axes: R rows, I inputs, O outputs, G groups of 32 inputs. A slab is up to 16 rows.
@@ -17,7 +17,6 @@ from llvmlite import ir
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu import rows as cpu_rows
 from eesd_jax.kernels.cpu.calls import BYTES, FLOATS, I32, I64
-from eesd_jax.kernels.cpu.codes import GROUP
 from eesd_jax.kernels.cpu.groups import (
     BLOCK_OUTPUTS,
     DIGITS,
@@ -35,6 +34,7 @@ from eesd_jax.kernels.cpu.groups import (
     store,
     unpack,
 )
+from eesd_jax.model.stored import GROUP
 
 TARGET = "eesd_jax_rows_by_dots"
 _QUANTIZE = "eesd_jax_quantize_for_dots"
@@ -52,7 +52,7 @@ def available() -> bool:
 
 
 def multiply(x_RxI: jax.Array, kind: Kind, weight: Sequence[jax.Array]) -> jax.Array:
-    """Float32 [R, I] times the [O, I] that `cpu_integers.Integers` stand for, of which `weight` is what there is, giving [R, O]."""
+    """Float32 [R, I] times the [O, I] that `integers.Integers` stand for, of which `weight` is what there is, giving [R, O]."""
     (rows, inputs), blocks = x_RxI.shape, weight[0].shape[0]
     _register_quantize()
     shape = jax.ShapeDtypeStruct((rows * inputs // GROUP, _RECORD), jnp.int8)

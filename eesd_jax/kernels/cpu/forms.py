@@ -28,14 +28,14 @@ def always(*arguments: object) -> bool:
     return True
 
 
-def rotation(config: ModelConfig, start_B: jax.Array, offset_T: jax.Array) -> rope.Rotation:
+def rotation(config: ModelConfig, x_BxTxD: jax.Array, start_B: jax.Array, offset_T: jax.Array) -> rope.Rotation:
     """`ops.rotation` behind a condition that always holds.
 
     Sines and cosines are dear on a CPU, and XLA takes them anew for every head of every block, unless it cannot look behind a condition.
     """
 
     def take() -> rope.Rotation:
-        return ops.rotation.plain(config, start_B, offset_T)
+        return ops.rotation.plain(config, x_BxTxD, start_B, offset_T)
 
     nothing = jax.tree.map(lambda of: jnp.zeros(of.shape, of.dtype), jax.eval_shape(take))
     return jax.lax.cond(jnp.any(start_B >= 0), take, lambda: nothing)

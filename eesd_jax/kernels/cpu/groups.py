@@ -1,4 +1,4 @@
-"""Groups of 32 numbers as products of small integers take them: what `cpu_tiles` and `cpu_dots` have in common.
+"""Groups of 32 numbers as products of small integers take them: what `tiles.py` and `dots.py` have in common.
 
 A group of inputs is taken as integers of 23 bits and a sign, times a power of two that the largest of them decides; what is lost is of the
 size of what float32 sums lose. The integers are three digits to the base of 256; digits times codes are summed exactly, and only the sums
@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu.calls import BYTES, F32, FLOATS, I32, I64
-from eesd_jax.kernels.cpu.codes import GROUP
+from eesd_jax.model.stored import GROUP
 
 BLOCK_OUTPUTS = 16
 DIGITS = 3
@@ -47,7 +47,7 @@ class Kind(NamedTuple):
 
     @property
     def buffers(self) -> tuple[tuple[str, ...], ...]:
-        """A weight's buffers, see `cpu_calls.register`."""
+        """A weight's buffers, see `calls.register`."""
         return (("codes", "blocks", "groups"), *((name,) for name in self.fields[1:]))
 
 

@@ -1,7 +1,7 @@
 """Rows times a matrix of 4- or 8-bit codes on a CPU that multiplies small integers: by tiles, or by dot products of bytes.
 
-Verifying drafts multiplies several rows by every weight, and in float32 (`cpu_codes`) the numbers have to be made of codes, and every row
-costs arithmetic of its own. Integers are multiplied as they are stored (`cpu_groups`), so that a few drafts are verified nearly for free.
+Verifying drafts multiplies several rows by every weight, and in float32 (`codes.py`) the numbers have to be made of codes, and every row
+costs arithmetic of its own. Integers are multiplied as they are stored (`groups.py`), so that a few drafts are verified nearly for free.
 
 Axes: R rows, I inputs, O outputs, G groups of 32 inputs.
 """
@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from eesd_jax.kernels.cpu import dots, tiles
-from eesd_jax.kernels.cpu.codes import Codes
 from eesd_jax.kernels.cpu.groups import BLOCK_OUTPUTS, Kind
+from eesd_jax.model.stored import Codes
 
 
 class Integers(NamedTuple):
@@ -29,6 +29,10 @@ class Integers(NamedTuple):
     codes: jax.Array
     scale: jax.Array
     offset: jax.Array | None
+
+    @property
+    def outputs(self) -> int:
+        return self.codes.shape[0] * BLOCK_OUTPUTS
 
 
 def kernel() -> ModuleType | None:
@@ -55,7 +59,7 @@ def from_codes(codes: Codes) -> Codes | Integers:
 
 
 def rows_by_integers(x_RxI: jax.Array, weight: Integers) -> jax.Array:
-    """Float32 [R, I] times the [O, I] that the integers stand for, giving [R, O]; on a CPU alone, see `cpu_calls.possible`."""
+    """Float32 [R, I] times the [O, I] that the integers stand for, giving [R, O]."""
     arrays = [array for array in weight if array is not None]
     kind = Kind(weight.offset is not None, tuple(array.dtype == jnp.float16 for array in arrays[1:]))
     return kernel().multiply(x_RxI, kind, arrays)

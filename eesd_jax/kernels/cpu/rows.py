@@ -32,11 +32,9 @@ _LANES = 16
 
 
 def usable(rows: int, weight_OxI: jax.Array) -> bool:
-    """Whether `rows_by_matrix` can take this product: float32 on a CPU, few rows, and sizes that divide evenly."""
+    """Whether `rows_by_matrix` can take this product: float32, few rows, and sizes that divide evenly."""
     outputs, inputs = weight_OxI.shape
-    if rows > MAX_ROWS or weight_OxI.dtype != jnp.float32 or outputs % BLOCK_OUTPUTS or inputs % _LANES:
-        return False
-    return calls.possible()
+    return rows <= MAX_ROWS and weight_OxI.dtype == jnp.float32 and outputs % BLOCK_OUTPUTS == 0 and inputs % _LANES == 0
 
 
 @jax.custom_jvp

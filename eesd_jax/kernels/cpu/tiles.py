@@ -1,6 +1,6 @@
 """Rows times a matrix of 4- or 8-bit codes on a CPU with tiles (Intel AMX): products of small integers, 16 outputs and 16 rows at a time.
 
-Groups are multiplied as `cpu_groups` says; five rows take less time than memory needs to bring the codes.
+Groups are multiplied as `groups.py` says; five rows take less time than memory needs to bring the codes.
 
 Axes: R rows, I inputs, O outputs, G groups of 32 inputs. A slab is up to 16 rows.
 """
@@ -18,7 +18,6 @@ from llvmlite import ir
 
 from eesd_jax.kernels.cpu import calls
 from eesd_jax.kernels.cpu.calls import BYTES, FLOATS, I32, I64
-from eesd_jax.kernels.cpu.codes import GROUP
 from eesd_jax.kernels.cpu.groups import (
     BLOCK_OUTPUTS,
     DIGITS,
@@ -38,6 +37,7 @@ from eesd_jax.kernels.cpu.groups import (
     store,
     unpack,
 )
+from eesd_jax.model.stored import GROUP
 
 TARGET = "eesd_jax_rows_by_tiles"
 _QUANTIZE = "eesd_jax_quantize_for_tiles"
@@ -59,7 +59,7 @@ def available() -> bool:
 
 
 def multiply(x_RxI: jax.Array, kind: Kind, weight: Sequence[jax.Array]) -> jax.Array:
-    """Float32 [R, I] times the [O, I] that `cpu_integers.Integers` stand for, of which `weight` is what there is, giving [R, O]."""
+    """Float32 [R, I] times the [O, I] that `integers.Integers` stand for, of which `weight` is what there is, giving [R, O]."""
     (rows, inputs), blocks = x_RxI.shape, weight[0].shape[0]
     count = -(-rows // SLAB_ROWS)
     _register_quantize()
