@@ -11,7 +11,6 @@ Params: {"embed": [V, D], "blocks": (block, ...), "final_norm": [D], "lm_head": 
 `Stored` with the codes of its file; the dtype of the arithmetic is that of the norms.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -26,7 +25,7 @@ from eesd_jax.model.tree import Tree
 
 Params = dict[str, Any]
 
-TOGETHER = (("wq", "wk", "wv"), ("w_gate", "w_up"))  # weights of a block that one input is multiplied by
+_TOGETHER = (("wq", "wk", "wv"), ("w_gate", "w_up"))  # weights of a block that one input is multiplied by
 
 
 def rms_norm(x: jax.Array, scale_D: jax.Array, eps: float) -> jax.Array:
@@ -213,15 +212,15 @@ def with_codes(config: ModelConfig, params: Params, codes: dict[str, Any]) -> Pa
     Args:
       codes: {"head": Codes, "blocks": ({name: Codes}, ...)}, where any may be missing.
     """
-    blocks = tuple(map(block_with_codes, params["blocks"], codes["blocks"]))
+    blocks = tuple(map(_block_with_codes, params["blocks"], codes["blocks"]))
     head = {} if "head" not in codes else {"embed" if config.tie_embeddings else "lm_head": codes["head"]}
     return params | {"blocks": blocks} | {name: Stored(params[name], ops.pack_codes(of_name)) for name, of_name in head.items()}
 
 
-def block_with_codes(block: Params, codes: dict[str, Codes], together: Sequence[Sequence[str]] = TOGETHER) -> Params:
-    """Puts codes beside a block's weights; those of weights that are named together lie together, if they are of one kind."""
+def _block_with_codes(block: Params, codes: dict[str, Codes]) -> Params:
+    """Puts codes beside a block's weights; those that one input is multiplied by lie together, if they are of one kind."""
     weights, apart = {}, dict(codes)
-    for names in together:
+    for names in _TOGETHER:
         parts = [codes.get(name) for name in names]
         if None not in parts and stored.same_kind(parts):
             joint = ops.pack_codes(stored.concatenate(parts))

@@ -7,8 +7,8 @@ and then by the scales; for more rows the matrix is made first, which XLA writes
 `int8` in both. Activations, caches, norms and biases stay as they are. `weights/quantize.py` quantises.
 
 A `Stored` matrix is the matrix itself, and beside it `Codes` that stand for the very same numbers, as GGUF files and branch folders store
-them: a kernel may read these, a quarter of the memory or less. In what order, is the platform's to say (`ops.pack_codes`); all that is not
-a product reads the matrix.
+them. Kernels that multiply may read these, a quarter of the matrix or less, in the order that `ops.pack_codes` gives them; all else reads
+the matrix.
 
 Axes: O outputs, I inputs, G groups of inputs that share a scale, V vocabulary, D hidden.
 """
@@ -51,6 +51,7 @@ class Codes(NamedTuple):
 
     @property
     def outputs(self) -> int:
+        """Counts the outputs that the codes are of."""
         return self.codes.shape[0]
 
 
@@ -58,7 +59,9 @@ class Packed(Protocol):
     """The codes of some weights, output after output, in the order in which a platform's kernels read them: a pytree of arrays."""
 
     @property
-    def outputs(self) -> int: ...
+    def outputs(self) -> int:
+        """Counts the outputs that the codes are of."""
+        ...
 
 
 class Stored(NamedTuple):
