@@ -69,7 +69,7 @@ def prefill(
       capacity: slots of the caches, static; at least P.
 
     Returns:
-      The state before the first plain step, and what drafting takes from here (see `speculative.start_drafting`).
+      The state before the first plain step, and what drafting takes from here (see `round.start_drafting`).
     """
     batch, padded = prompt_BxP.shape
     # A slice that went over an end would be moved back, and read or write other tokens.
