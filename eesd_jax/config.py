@@ -38,7 +38,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ControllerConfig:
-    """Settings of the learning controllers (see `decode/controllers.py`): our own, chosen by simulation (docs/controllers.md)."""
+    """Settings of the learning controllers (see `decode/controllers/`): our own, chosen by simulation (docs/controllers.md)."""
 
     prior_alpha: float = 1.0
     prior_beta: float = 1.0

@@ -51,6 +51,11 @@ class Posterior(NamedTuple):
     alpha: jax.Array
     beta: jax.Array
 
+    @property
+    def mean(self) -> jax.Array:
+        """The expected acceptance, float32 [B]."""
+        return self.alpha / (self.alpha + self.beta)
+
 
 class Argument:
     """Something that compiled programs take as an argument, so that other numbers in it compile nothing again.

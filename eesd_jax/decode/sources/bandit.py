@@ -137,7 +137,7 @@ class Arms(Controller):
     def look_chance(self, state: ArmsState, chance_BxK: jax.Array) -> jax.Array:
         """The chance of looked-up drafts, corrected by what the row's drafts have taught, float32 [B, K]."""
         hoped = (state.look_hoped + LOOK_WEIGHT * LOOK_MEAN) / (state.look_tested + LOOK_WEIGHT)
-        shift_B = _log_odds(_look_mean(state)) - _log_odds(hoped)
+        shift_B = _log_odds(_look_posterior(state).mean) - _log_odds(hoped)
         return jax.nn.sigmoid(_log_odds(chance_BxK) + shift_B[:, None])
 
     def propose(self, keys_B: jax.Array, state: ArmsState, offer: Offer) -> ArmsPlan:
@@ -258,8 +258,3 @@ def _look_posterior(state: ArmsState) -> Posterior:
     """Acceptance of looked-up drafts."""
     rejected = state.look_tested - state.look_accepted
     return Posterior(alpha=state.look_accepted + LOOK_WEIGHT * LOOK_MEAN, beta=rejected + LOOK_WEIGHT * (1 - LOOK_MEAN))
-
-
-def _look_mean(state: ArmsState) -> jax.Array:
-    """Of that posterior, float32 [B]."""
-    return (state.look_accepted + LOOK_WEIGHT * LOOK_MEAN) / (state.look_tested + LOOK_WEIGHT)
