@@ -131,7 +131,7 @@ def assert_counts_agree(state: DecodeState, controller: Beta) -> None:
         assert (drafted <= np.asarray(state.limit)[row] - starts - 1).all()
 
 
-def test_caches_stay_in_place_and_steps_have_names(lm: Engine):
+def test_caches_stay_in_place(lm: Engine):
     state, settings = lm.prefill(PROMPTS, [0] * 4, 4, BUDGET, BETA), engine._sampling_arrays(SamplingConfig(), 4, None)
     lowered = engine._decode_speculative.lower(lm.speculation(BETA, settings), state, np.int32(1))
     program = lowered.as_text(debug_info=True)
