@@ -5,7 +5,6 @@ import functools
 import pathlib
 import re
 
-import compiled
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +15,7 @@ from eesd_jax import Controller, DecodeConfig, Engine, UserError
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode.controllers import Calibration, Posterior, parse_controller
 from eesd_jax.decode.costs import RoundCosts
+from eesd_jax.engine import engine as programs
 from eesd_jax.engine import timing
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.model.exit_branch import init_exit_branch
@@ -54,20 +54,24 @@ def texts(lm: Engine, controller: Controller | str | None) -> tuple[list[list[in
     return [one.token_ids for one in found], log.drafted[~log.looked_up].tolist()
 
 
-@pytest.mark.parametrize("sources", SOURCES)
+@functools.cache
+def plain() -> list[list[int]]:
+    return texts(engine(*SOURCES["exit"]), None)[0]
+
+
+@pytest.mark.parametrize("sources", ["exit", "exit and lookup", pytest.param("two candidates", marks=pytest.mark.slow)])
 def test_the_documents_controller_drafts_with_every_source(name: str, sources: str):
     lm = engine(*SOURCES[sources])
-    plain, _ = texts(lm, None)
     text, drafted = texts(lm, name)
-    assert text == plain
+    assert text == plain()
     # A branch that is the target: everything is accepted, so each round drafts one more, up to what there is room for.
     assert drafted[:3] == [2, 3, 3]
-    made = parse_controller(name, 3).controller(first=1.0)
-    with compiled.programs() as counts:
-        assert texts(lm, made) == (plain, texts(lm, type(made)(first=1.0))[1])
-        assert texts(lm, type(made)(first=3.0))[1][:2] == [3, 3]
-        assert counts["_decode_speculative"] == 1  # another instance, and other numbers, compile nothing
-    assert texts(lm, made)[1][:3] == [1, 2, 3]
+    compiled = programs._decode_speculative._cache_size()
+    own = parse_controller(name, 3).controller
+    for first, expected in ((1.0, [1, 2, 3]), (2.0, [2, 3, 3]), (2.0, [2, 3, 3])):
+        text, drafted = texts(lm, own(first=first))
+        assert (text, drafted[:3]) == (plain(), expected)
+    assert programs._decode_speculative._cache_size() == compiled  # another instance, and other numbers, compile nothing
 
 
 def test_without_a_branch_it_is_refused(name: str):
@@ -91,7 +95,7 @@ class Greedy(Controller):
 def test_a_controller_that_chooses_sources_takes_the_place_of_the_bandit():
     lm = engine(False, 2, 1)
     found = lm.generate_ids(PROMPTS, seeds=[0, 0], controller=Greedy())
-    assert [one.token_ids for one in found] == texts(lm, None)[0]
+    assert [one.token_ids for one in found] == plain()
     assert sum(one.accepted for one in found) > 0
     assert all(one.log.looked_up[one.log.drafted > 0].all() for one in found)
 
