@@ -161,7 +161,7 @@ class Controller(Argument):
         return jnp.zeros(offer.running.shape, jnp.int32)
 
     def keep_drafting(self, keys_B: jax.Array, plan: Any, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, Any]:
-        """Says whether the branch drafts one more, with k drafted so far: bool [B], and the plan for the next question.
+        """Says whether the branch drafts one more after k drafts: bool [B], or one for all rows; and the plan for the next question.
 
         It is asked after every draft, the last one included. confidence_B: float32 [B], the branch's probability of the draft sampled last;
         1 at k = 0.

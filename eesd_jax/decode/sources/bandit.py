@@ -179,6 +179,7 @@ class Arms(Controller):
             some_rejected_BxL = 1 - theta_B[:, None] ** lengths_L
             tokens_BxL += state.replacements.chance(self.candidates)[:, None] * some_rejected_BxL
         wanted, inner = self.inner.keep_drafting(first_keys, inner, jnp.int32(0), jnp.ones(batch, jnp.float32))
+        wanted = jnp.broadcast_to(wanted, batch)  # one answer for all rows will do
         tokens_BxL = jnp.where(wanted[:, None], tokens_BxL, 1.0)
         return _Exits(tokens=tokens_BxL, cost=jnp.array(self.exit_cost, jnp.float32), wanted=wanted, inner=inner)
 
