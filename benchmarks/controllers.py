@@ -29,8 +29,7 @@ from rich.table import Table
 
 from eesd_jax import cli, files
 from eesd_jax.config import ControllerConfig
-from eesd_jax.decode.control import build_controller, parse_controller
-from eesd_jax.decode.controllers import Calibration, Controller, Fixed
+from eesd_jax.decode.controllers import Calibration, Controller, Fixed, Offer, Outcome, Setup, build_controller, parse_controller
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.errors import UserError
 
@@ -191,11 +190,12 @@ def play(controller: Controller, state: Any, cost: jax.Array, text: Text, keys_B
             keep &= wanted & (k < jnp.minimum(useful, max_draft))
             return (plan, keep), keep
 
-        plan = controller.propose(plan_keys, game.state, running)
+        plan = controller.propose(plan_keys, game.state, Offer(running=running))
         (plan, _), kept_LxB = jax.lax.scan(ask, (plan, running), jnp.arange(max_draft + 1))
         count = jnp.sum(kept_LxB, axis=0)
         accepted = jnp.minimum(count, run_lengths(text.accepted, game.position, max_draft))
-        state = controller.update(game.state, plan, count, accepted)
+        outcome = Outcome(drafted=count, accepted=accepted, replaced=jnp.zeros(batch, bool))
+        state = controller.update(game.state, plan, outcome)
         state = jax.tree.map(lambda new, old: jnp.where(running, new, old), state, game.state)
         return _Game(game.position + running * (accepted + 1), state, _add_round(game.played, cost, running, count, accepted))
 
@@ -351,7 +351,8 @@ def main(argv: Sequence[str]) -> None:
     settings = ControllerConfig(**{field.name: FLAGS[field.name].value for field in dataclasses.fields(ControllerConfig)})
     specs = {name: parse_controller(name, max_draft=len(cost) - 1) for name in dict.fromkeys(FLAGS.controllers.split(","))}
     # Confidence is taken as it is: whether it is calibrated is what the processes differ in.
-    built = {name: build_controller(spec, settings, Calibration(), RoundCosts(cost, ())) for name, spec in specs.items()}
+    setup = Setup(calibration=Calibration(), costs=RoundCosts(cost, ()), settings=settings)
+    built = {name: build_controller(spec, setup) for name, spec in specs.items()}
     controllers = {name: Fixed(0) if controller is None else controller for name, controller in built.items()}
     texts = make_texts(FLAGS.seed, FLAGS.prompts, FLAGS.tokens)
     result = summarize(compare(controllers, cost, texts, FLAGS.batch_size, FLAGS.seed), list(controllers))

@@ -27,9 +27,8 @@ import eesd_jax
 from eesd_jax import cli, files
 from eesd_jax.bench import report, run
 from eesd_jax.bench.record import Answer, Journal, Run
-from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig
-from eesd_jax.decode import control
-from eesd_jax.decode.controllers import Calibration
+from eesd_jax.config import DecodeConfig, DraftConfig
+from eesd_jax.decode.controllers import PLAIN, Calibration, Setup, build_controller, parse_controller
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
@@ -112,8 +111,8 @@ def decode(engine: Engine, branch: ExitBranch, cell: Cell, prompts: Prompts) -> 
     """Answers a batch of prompts; `plain` is a controller too."""
     name = cell.controller.replace("max_draft", str(cell.max_draft))
     costs = RoundCosts(exit=tuple(1 + COST_PER_DRAFT * drafts for drafts in range(cell.max_draft + 1)), look_up=())
-    spec = control.parse_controller(name, cell.max_draft)
-    controller = control.build_controller(spec, ControllerConfig(), Calibration(), costs)
+    spec = parse_controller(name, cell.max_draft)
+    controller = build_controller(spec, Setup(calibration=Calibration(), costs=costs))
     drafter = Drafter(branch, DraftConfig(EXIT_LAYER, cell.max_draft), Calibration(), trained=False)
     drafting = Engine(engine.model, engine.decode_config, drafter)
     return drafting.generate_ids(prompts.tokens, seeds=range(len(prompts.ids)), batch_size=cell.batch_size, controller=controller)
@@ -126,7 +125,7 @@ def compare(engine: Engine, prompts: Prompts, cell: Cell, plain: Sequence[Sequen
         answers = [Answer(i, list(ids), "", "length", Rounds.plain(0)) for i, ids in zip(prompts.ids, token_ids, strict=True)]
         return Run(0, 0, cell.controller, cell.prompts, 0.0, answers)
 
-    runs = {control.PLAIN: as_run(plain), cell.controller: as_run([generation.token_ids for generation in ours])}
+    runs = {PLAIN: as_run(plain), cell.controller: as_run([generation.token_ids for generation in ours])}
     found = run.find_divergences(engine, prompts.tokens, runs)
     rounds = Rounds.join([generation.log for generation in ours])
     return {
@@ -146,7 +145,7 @@ def run_cell(engine: Engine, branches: dict[str, ExitBranch], cell: Cell, prompt
     for branch, (index, batch) in itertools.product(branches, enumerate(prompts.batches(cell.batch_size))):
         plain_key, key = (cell.prompts, cell.batch_size, index), (*cell, branch, index)
         if plain_key not in plain:
-            generations = decode(engine, branches[branch], cell._replace(controller=control.PLAIN), batch)
+            generations = decode(engine, branches[branch], cell._replace(controller=PLAIN), batch)
             plain[plain_key] = [generation.token_ids for generation in generations]
             journal.append("plain", {"key": plain_key, "token_ids": plain[plain_key]})
         if key not in done:

@@ -205,14 +205,14 @@ def compare(engine: Any, prompts: Sequence[list[int]], expected: Sequence[list[i
     """Counts identical texts, and finds where others differ and whether float32 can tell the two tokens there apart."""
     from eesd_jax.bench import run
     from eesd_jax.bench.record import Answer, Run
-    from eesd_jax.decode import control
+    from eesd_jax.decode.controllers import PLAIN
     from eesd_jax.engine.generation import Rounds
 
     def as_run(name: str, texts: Sequence[list[int]]) -> Run:
         answers = [Answer(place, ids, "", "", Rounds.plain(0)) for place, ids in enumerate(texts)]
         return Run(0, 0, name, "", 0.0, answers)
 
-    divergences = run.find_divergences(engine, prompts, {control.PLAIN: as_run("", expected), "peer": as_run("peer", found)})
+    divergences = run.find_divergences(engine, prompts, {PLAIN: as_run("", expected), "peer": as_run("peer", found)})
     excused = sum(one.excused for one in divergences)
     return {
         "identical": len(prompts) - len(divergences),

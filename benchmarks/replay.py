@@ -29,9 +29,8 @@ from eesd_jax import cli, files
 from eesd_jax.bench import report
 from eesd_jax.bench import run as benchmark
 from eesd_jax.bench.record import Journal
-from eesd_jax.config import LONGEST_MATCH, ControllerConfig
-from eesd_jax.decode import control
-from eesd_jax.decode.controllers import Calibration
+from eesd_jax.config import LONGEST_MATCH
+from eesd_jax.decode.controllers import PLAIN, Calibration, Offer, Outcome, Setup, build_controller, parse_controller
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources import lookup, ngrams
 from eesd_jax.decode.sources.bandit import Arms
@@ -95,7 +94,8 @@ def play(arms: Arms | None, texts: Texts, cost_L: jax.Array, entries: jax.Array 
     truth = jnp.pad(tokens, ((0, 0), (0, max_draft)), constant_values=NO_DRAFT)
 
     def propose_alone(*row: Any) -> Any:
-        plan = arms.propose(jax.random.split(jax.random.key(0), 1), *jax.tree.map(lambda x: x[None], row))
+        state, running, found = jax.tree.map(lambda x: x[None], row)
+        plan = arms.propose(jax.random.split(jax.random.key(0), 1), state, Offer(running=running, found=found))
         return jax.tree.map(lambda x: x[0], plan)
 
     def play_round(carry: tuple[Any, jax.Array, Played]) -> tuple[Any, jax.Array, Played]:
@@ -116,7 +116,8 @@ def play(arms: Arms | None, texts: Texts, cost_L: jax.Array, entries: jax.Array 
         else:
             plan = jax.vmap(propose_alone)(state, running, found)
             drafted = jnp.minimum(plan.look_up, useful)
-            state = arms.update(state, plan, drafted, count_right(drafted))
+            outcome = Outcome(drafted=drafted, accepted=count_right(drafted), replaced=jnp.zeros(drafted.shape, bool))
+            state = arms.update(state, plan, outcome)
         accepted = count_right(drafted)  # nothing beyond the end
         price = jnp.where(running, cost_L[drafted], 0.0)
         played = Played(*(count + seen for count, seen in zip(played, (running, drafted, accepted, price), strict=True)))
@@ -131,8 +132,8 @@ def controllers(cost: Sequence[float]) -> dict[str, Arms | None]:
     """Lists the bandit, every fixed length, and the clairvoyant."""
     names = ["cost_aware", *(f"fixed:{drafts}" for drafts in range(1, len(cost)))]
     costs = RoundCosts(tuple(cost), tuple(cost))
-    build = functools.partial(control.build_controller, settings=ControllerConfig(), calibration=Calibration(), costs=costs)
-    found = {name: build(control.parse_controller(name, len(cost) - 1), has_branch=False, has_lookup=True) for name in names}
+    setup = Setup(calibration=Calibration(), costs=costs, has_branch=False, has_lookup=True)
+    found = {name: build_controller(parse_controller(name, len(cost) - 1), setup) for name in names}
     return found | {CLAIRVOYANT: None}
 
 
@@ -156,7 +157,7 @@ def compare(texts: Texts, cost: Sequence[float], plain: float, entries: jax.Arra
 
 def read_answers(engine: Engine, journal: Journal, batches: Sequence[benchmark.Batch]) -> list[tuple[str, list[int], list[int]]]:
     """Reads category, prompt and plain answer of every turn, as token ids."""
-    runs = {(run.batch, run.turn): run for run in journal.runs() if run.controller == control.PLAIN}
+    runs = {(run.batch, run.turn): run for run in journal.runs() if run.controller == PLAIN}
     rows = []
     for index, batch in enumerate(batches):
         histories = {place: list(conversation.history) for place, conversation in batch.conversations.items()}

@@ -23,7 +23,7 @@ from eesd_jax import cli, files
 from eesd_jax.bench import plots
 from eesd_jax.bench.report import ALL, figure, model_and_machine, table
 from eesd_jax.config import ARMS, DEFAULT_CONTROLLER, DraftConfig
-from eesd_jax.decode.control import PLAIN, WITHOUT_BRANCH
+from eesd_jax.decode.controllers import PLAIN, parse_controller
 from eesd_jax.errors import UserError
 
 FLAGS = flags.FLAGS
@@ -92,7 +92,7 @@ class Cell(NamedTuple):
         lengths = range(1, FLAGS.max_draft + 1) if FLAGS.fixed is None else FLAGS.fixed
         names = [f"fixed:{length}" for length in lengths] + FLAGS.controllers
         if self.arms == "lookup":
-            names = [name for name in names if name.partition(":")[0] in WITHOUT_BRANCH]
+            names = [name for name in names if not parse_controller(name, FLAGS.max_draft).controller.needs_branch]
         return benchmark(
             self.prompts,
             f"{pathlib.Path(self.prompts).stem}/temperature_{self.temperature}_batch_{self.batch_size}_{self.arms}",

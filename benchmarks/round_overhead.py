@@ -33,9 +33,9 @@ from work import Work, work_of_parts
 import eesd_jax
 from eesd_jax import cli, files
 from eesd_jax.bench import report
-from eesd_jax.config import ControllerConfig, DecodeConfig, DraftConfig, SamplingConfig
-from eesd_jax.decode import accept, control
-from eesd_jax.decode.controllers import Calibration, Controller, Fixed
+from eesd_jax.config import DecodeConfig, DraftConfig, SamplingConfig
+from eesd_jax.decode import accept
+from eesd_jax.decode.controllers import Calibration, Controller, Fixed, Offer, Outcome, Posterior, Setup, build_controller, parse_controller
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import DecodeState
@@ -53,9 +53,8 @@ flags.DEFINE_integer("repeats", 9, "Times that each is timed; the median counts.
 flags.DEFINE_string("output", None, "File to write the result to (JSON).")
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Leading:
+class Leading(Controller):
     """Drafts `length` tokens always, and still computes all that another controller does."""
 
     inner: Controller
@@ -64,19 +63,19 @@ class Leading:
     def init(self, batch: int) -> Any:
         return self.inner.init(batch)
 
-    def propose(self, keys_B: jax.Array, state: Any, running_B: jax.Array) -> Any:
-        return self.inner.propose(keys_B, state, running_B)
+    def propose(self, keys_B: jax.Array, state: Any, offer: Offer) -> Any:
+        return self.inner.propose(keys_B, state, offer)
 
     def keep_drafting(self, keys_B: jax.Array, plan: Any, k: jax.Array, confidence_B: jax.Array) -> tuple[jax.Array, Any]:
         wanted, plan = self.inner.keep_drafting(keys_B, plan, k, confidence_B)
         # A confidence is never negative, but XLA does not know, and computes `wanted`.
         return jnp.where(confidence_B < 0, wanted, k < self.length), plan
 
-    def update(self, state: Any, plan: Any, drafted_B: jax.Array, accepted_B: jax.Array, *replaced_B: jax.Array) -> Any:
-        return self.inner.update(state, plan, drafted_B, accepted_B, *replaced_B)
+    def update(self, state: Any, plan: Any, outcome: Outcome) -> Any:
+        return self.inner.update(state, plan, outcome)
 
-    def mean(self, state: Any) -> jax.Array:
-        return self.inner.mean(state)
+    def posterior(self, state: Any) -> Posterior | None:
+        return self.inner.posterior(state)
 
 
 def greedy(batch: int) -> Sampling:
@@ -171,7 +170,7 @@ def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.
 
     def one_round(i: jax.Array, state: Any) -> Any:
         round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, i)
-        plan = controller.propose(round_keys, state, jnp.ones(batch, bool))
+        plan = controller.propose(round_keys, state, Offer(running=jnp.ones(batch, bool)))
 
         def ask(k: jax.Array, carry: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
             count, plan = carry
@@ -179,7 +178,8 @@ def controller_loop(controller: Controller, drafts: int, batch: int, times: jax.
             return count + keep, plan
 
         count, plan = jax.lax.fori_loop(0, drafts + 1, ask, (jnp.zeros(batch, jnp.int32), plan))
-        return controller.update(state, plan, jnp.full(batch, drafts), jnp.minimum(count, drafts))
+        outcome = Outcome(drafted=jnp.full(batch, drafts), accepted=jnp.minimum(count, drafts), replaced=jnp.zeros(batch, bool))
+        return controller.update(state, plan, outcome)
 
     return jax.lax.fori_loop(0, times, one_round, controller.init(batch))
 
@@ -211,8 +211,8 @@ def made_up_controller(name: str, max_draft: int) -> Controller:
     if name == "forced":
         return Fixed(0)
     costs = RoundCosts(exit=tuple(1 + 0.02 * drafts for drafts in range(max_draft + 1)), look_up=())
-    spec = control.parse_controller(name, max_draft)
-    return control.build_controller(spec, ControllerConfig(), Calibration(), costs)
+    spec = parse_controller(name, max_draft)
+    return build_controller(spec, Setup(calibration=Calibration(), costs=costs))
 
 
 def measure(engine: Engine, names: Sequence[str], batch: int, steps: int, repeats: int) -> dict[tuple[str, int], list[Sample]]:

@@ -10,14 +10,20 @@ from eesd_jax.errors import UserError
 from eesd_jax.model.config import ModelConfig
 
 if TYPE_CHECKING:
+    from eesd_jax.decode.controllers import Controller
     from eesd_jax.engine.engine import Engine, load
     from eesd_jax.engine.generation import Generation
 
 __version__ = "0.1.0"
-__all__ = ["DecodeConfig", "Engine", "Generation", "ModelConfig", "SamplingConfig", "UserError", "load"]
+__all__ = ["Controller", "DecodeConfig", "Engine", "Generation", "ModelConfig", "SamplingConfig", "UserError", "load"]
 
 # Loaded when first asked for: JAX and transformers take seconds, which a command with a mistake in its flags should not.
-_LAZY = {"Engine": "eesd_jax.engine.engine", "load": "eesd_jax.engine.engine", "Generation": "eesd_jax.engine.generation"}
+_LAZY = {
+    "Controller": "eesd_jax.decode.controllers",
+    "Engine": "eesd_jax.engine.engine",
+    "load": "eesd_jax.engine.engine",
+    "Generation": "eesd_jax.engine.generation",
+}
 
 
 def __getattr__(name: str) -> Any:

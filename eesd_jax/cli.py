@@ -30,8 +30,9 @@ from eesd_jax.config import (
     ProcessesConfig,
     SamplingConfig,
     check_quantize,
+    parse_arms,
 )
-from eesd_jax.decode import control
+from eesd_jax.decode.controllers import AUTO, PLAIN, known_names, parse_controller
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
@@ -100,7 +101,7 @@ def define_generation_flags() -> None:
     flags.DEFINE_string(
         "controller",
         None,
-        f"How many tokens to draft: {control.CONTROLLERS} (plain: no speculation); "
+        f"How many tokens to draft: {known_names()} (plain: no speculation; FILE.py:CLASS: your own, see docs/controllers.md); "
         f"default: {DEFAULT_CONTROLLER} where something drafts, else plain.",
     )
     flags.DEFINE_integer("max_new_tokens", decode.max_new_tokens, "Budget of each answer, in tokens.")
@@ -172,7 +173,7 @@ def sampling_from_flags() -> SamplingConfig:
 def check_generation_flags() -> None:
     """Finds what is wrong with the flags before anything slow is started."""
     try:
-        control.parse_arms(FLAGS.arms)
+        parse_arms(FLAGS.arms)
     except UserError as error:
         raise UserError(f"--arms: {error}") from None
     for name in ("max_new_tokens", "batch_size", "max_draft", "candidates"):
@@ -207,12 +208,12 @@ def mesh_sizes() -> dict[str, int]:
 def check_controller(name: str, flag: str) -> None:
     """Raises UserError for a controller that there is not, or that needs an exit branch where the flags give none."""
     try:
-        kind = control.parse_controller(name, FLAGS.max_draft).kind
+        spec = parse_controller(name, FLAGS.max_draft)
     except UserError as error:
         raise UserError(f"{flag} is {name!r}; {error}") from None
-    if kind == control.PLAIN or ("lookup" in FLAGS.arms and kind in control.WITHOUT_BRANCH):
+    if spec.kind == PLAIN or ("lookup" in FLAGS.arms and not spec.controller.needs_branch):
         return
-    expected = f"expected --controller={control.PLAIN}, or --exit_branch with a folder or a hub id"
+    expected = f"expected --controller={PLAIN}, or --exit_branch with a folder or a hub id"
     if "exit" not in FLAGS.arms:
         raise UserError(f"{flag} is {name!r}, which needs the exit branch, and --arms is 'lookup'; expected plain, fixed:K or cost_aware")
     if FLAGS.exit_branch == "none":
@@ -227,7 +228,7 @@ def check_controller(name: str, flag: str) -> None:
 def load_from_flags() -> "Engine":
     """The engine that the flags ask for; a terminal is told what it waits for."""
     # Who asks for plain decoding needs no branch, and no warning that there is none.
-    exit_branch = "none" if (FLAGS.exit_branch, FLAGS.controller) == ("auto", control.PLAIN) else FLAGS.exit_branch
+    exit_branch = "none" if (FLAGS.exit_branch, FLAGS.controller) == ("auto", PLAIN) else FLAGS.exit_branch
     with warnings.catch_warnings(record=True) as caught, notice(f"loading {FLAGS.model} ..."):
         from eesd_jax.cluster import platforms
         from eesd_jax.engine.engine import load
@@ -277,12 +278,12 @@ def mesh_from_flags() -> "Mesh | None":
 
 def controller_from_flags(engine: "Engine", batch: int) -> "Controller | None":
     """The controller that the flags ask for, for `batch` rows at once; None for plain decoding."""
-    return build_controller(engine, FLAGS.controller or control.AUTO, batch)
+    return build_controller(engine, FLAGS.controller or AUTO, batch)
 
 
 def build_controller(engine: "Engine", name: str, batch: int) -> "Controller | None":
     """The controller of that name; a terminal is told what it waits for."""
-    waits = engine.drafter is not None and name != control.PLAIN  # once a machine
+    waits = engine.drafter is not None and name != PLAIN  # once a machine
     with notice("timing rounds ...") if waits else contextlib.nullcontext():
         return engine.controller(name, batch=batch)
 

@@ -6,7 +6,7 @@ The shape of a model is in `model/config.py`.
 import dataclasses
 import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from eesd_jax.errors import UserError, integer, shown
@@ -38,7 +38,7 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ControllerConfig:
-    """Settings of the learning controllers (see `decode/controllers.py`): our own, chosen by simulation (docs/controllers.md)."""
+    """Settings of the learning controllers (see `decode/controllers/`): our own, chosen by simulation (docs/controllers.md)."""
 
     prior_alpha: float = 1.0
     prior_beta: float = 1.0
@@ -108,6 +108,22 @@ def check_quantize(value: str, what: str = "quantize") -> None:
 
 
 ARMS = ("exit", "lookup")  # what can draft: the exit branch, and lookup in the text so far
+
+
+def parse_arms(names: str | Sequence[str]) -> tuple[str, ...]:
+    """Checks the sources of drafts, and puts them in order; a text names one, or several with commas between them.
+
+    Raises:
+      UserError: none, or one that there is not.
+    """
+    if isinstance(names, str):
+        names = [name.strip() for name in names.split(",")]
+    if not isinstance(names, list | tuple | set) or not names or any(name not in ARMS for name in names):
+        given = ",".join(map(str, names)) if isinstance(names, list | tuple | set) else names
+        raise UserError(f"arms are {given!r}; expected one or more of {', '.join(ARMS)}")
+    return tuple(arm for arm in ARMS if arm in names)
+
+
 PROMPT_BUCKETS = (64, 96, 128, 192, 256, 384, 512)
 LONGEST_MATCH = 3
 # Wherever there is anything to draft with.

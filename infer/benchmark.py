@@ -19,7 +19,7 @@ from rich.progress import Progress
 from eesd_jax import cli, files
 from eesd_jax.bench.record import Journal
 from eesd_jax.config import DEFAULT_CONTROLLER, NOT_QUANTIZED
-from eesd_jax.decode import control
+from eesd_jax.decode.controllers import PLAIN
 from eesd_jax.engine.prompts import Conversation, prompts_sha256, read_prompts
 from eesd_jax.errors import UserError
 
@@ -98,7 +98,7 @@ def check_flags() -> list[str]:
     names = [name.strip() for name in FLAGS.controllers or [FLAGS.controller or DEFAULT_CONTROLLER]]
     for name in names:
         cli.check_controller(name, "--controllers" if FLAGS.controllers else "--controller")
-    return list(dict.fromkeys([control.PLAIN, *names]))
+    return list(dict.fromkeys([PLAIN, *names]))
 
 
 def flag_settings(names: Sequence[str], conversations: Sequence[Conversation]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from rich.progress import Progress
 
 from eesd_jax import cli, files
 from eesd_jax.config import DEFAULT_CONTROLLER
-from eesd_jax.decode import control
+from eesd_jax.decode.controllers import PLAIN
 from eesd_jax.engine import answer_file
 from eesd_jax.engine.conversations import Options, answer_batch, check_prompts, places
 from eesd_jax.engine.generation import Generation, Rounds
@@ -101,8 +101,8 @@ def check_flags() -> None:
     if FLAGS.compare:
         if FLAGS.prompt is None:
             raise UserError("--compare is given without --prompt; expected --prompt, whose answers it compares")
-        if FLAGS.controller == control.PLAIN:
-            raise UserError(f"--compare is given with --controller={control.PLAIN}; expected a controller that drafts")
+        if FLAGS.controller == PLAIN:
+            raise UserError(f"--compare is given with --controller={PLAIN}; expected a controller that drafts")
         cli.check_controller(FLAGS.controller or DEFAULT_CONTROLLER, "--controller")
 
 

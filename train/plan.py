@@ -19,7 +19,7 @@ from absl import flags
 
 from eesd_jax import cli
 from eesd_jax.config import DecodeConfig, DraftConfig
-from eesd_jax.decode import control
+from eesd_jax.decode.controllers import PLAIN, parse_controller
 from eesd_jax.distill import experiment
 from eesd_jax.errors import UserError
 
@@ -76,8 +76,8 @@ def main(argv: Sequence[str]) -> None:
         if FLAGS.topology is None:
             raise UserError("--topology is missing; expected a slice such as v5p:2x2x1, or --recommend")
         raise UserError(f"--topology is {FLAGS.topology!r} beside --recommend; expected one of them")
-    spec = control.parse_controller(FLAGS.controller, FLAGS.max_draft)
-    if spec.kind in (control.PLAIN, "cost_aware"):
+    spec = parse_controller(FLAGS.controller, FLAGS.max_draft)
+    if spec.kind == PLAIN or spec.controller.needs_costs:
         raise UserError(f"--controller is {FLAGS.controller!r}; expected one that drafts, and not by times measured on the machine")
     os.environ.update(ENVIRONMENT)
 

@@ -12,7 +12,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatt
 
 from eesd_jax.bench.record import Run
 from eesd_jax.bench.report import ALL
-from eesd_jax.decode.control import PLAIN
+from eesd_jax.decode.controllers import PLAIN
 
 # Colours that can also be told apart by colour-blind readers (Okabe & Ito 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
@@ -20,6 +20,7 @@ _STYLES = ("o-", "s--", "^:")  # where there are more lines than colours
 _DPI = 150
 _SCORED = "scored"
 _LABELLED_BARS = 12
+_BAND = 0.8  # of a posterior, by probability
 
 
 def draw_all(rows: Sequence[dict[str, Any]], runs: Sequence[Run]) -> dict[str, bytes]:
@@ -197,10 +198,12 @@ def _acceptance_by_position(rows: Sequence[dict[str, Any]], colours: dict[str, s
 
 def _posteriors(runs: Sequence[Run], colours: dict[str, str]) -> Figure:
     answer = runs[0].answers[0]
-    figure, axes = _axes(f"Expected acceptance of a draft, prompt {answer.id}", "", "posterior mean")
+    figure, axes = _axes(f"Acceptance of a draft as the posterior has it, prompt {answer.id}", "", f"mean, and {_BAND:.0%} band")
     for run in runs:
-        mean = run.answers[0].log.mean
-        axes.plot(range(1, len(mean) + 1), mean, color=colours[run.controller], label=run.controller)
+        log, colour = run.answers[0].log, colours[run.controller]
+        rounds = range(1, len(log.mean) + 1)
+        axes.fill_between(rounds, *log.interval(_BAND), color=colour, alpha=0.15, linewidth=0)
+        axes.plot(rounds, log.mean, color=colour, label=run.controller)
     axes.set_ylim(0, 1)
     _rounds_axis(axes, max(len(run.answers[0].log.mean) for run in runs))
     _legend(figure, axes)

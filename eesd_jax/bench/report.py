@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from eesd_jax.bench.record import Costs, Divergence, Journal, Run
-from eesd_jax.decode.control import PLAIN
+from eesd_jax.decode.controllers import PLAIN
 from eesd_jax.engine.generation import Rounds
 
 ALL = "all"

@@ -22,8 +22,7 @@ import numpy as np
 
 from eesd_jax.bench.record import EXCUSED_GAP, Answer, Costs, Divergence, Journal, Run
 from eesd_jax.cluster.hardware import cpu_name
-from eesd_jax.decode.control import PLAIN
-from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.controllers import PLAIN, Controller
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import timing
 from eesd_jax.engine.conversations import Options, encode

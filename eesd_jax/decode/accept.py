@@ -1,11 +1,23 @@
 """Acceptance of drafts: which of them the target keeps, and the one token that it adds (Leviathan et al. 2023; Chen et al. 2023).
 
-Exact: float32 throughout, no epsilon. A draft x is accepted where `u * q(x) < p(x)` with u uniform in [0, 1), that is, with probability
-min(1, p/q); at the first rejection the token comes from norm(max(p - q, 0)); behind a round without one it comes from p itself.
+Why the text follows the law of plain decoding. Each step names the planted bugs of tests/decode/test_losslessness.py that break it.
 
-Where there are other candidates for the rejected draft, each is tested in turn against what the rejection before has left of p, and takes
-its own q off it in the same way (SpecInfer, Miao et al. 2024); candidates are drawn without replacement. Behind an accepted one the token
-comes from the target's distribution behind that one.
+1. A draft x is drawn from q, and q is kept as it was: `wrong_q`, `argmax_drafted_softmax_as_q`. A looked-up draft is drawn from a point
+   mass, q(x) = 1: `looked_up_drafts_taken_for_drawn_ones`.
+2. p is the target's distribution given the text and the drafts before x, warped as in plain decoding: `target_unwarped`,
+   `position_off_by_one_after_the_first_round`, `candidates_that_see_each_other`.
+3. x is kept where u q(x) < p(x), u uniform in [0, 1): with probability min(1, p/q), so x becomes text with probability min(p(x), q(x)):
+   `accepted_where_p_is_at_least_half_of_q`, `looked_up_drafts_accepted_unseen`.
+4. Otherwise, with probability sum max(p - q, 0), the token is drawn from norm(max(p - q, 0)). That adds max(p - q, 0), and
+   min(p, q) + max(p - q, 0) = p: `residual_of_p`, `rejected_lookup_left_in_the_residual`, `draft_ids_forgotten_in_the_residual`.
+5. Drafts after the first rejection were drawn for another text, and are dropped: `one_more_accepted`.
+6. Where none is rejected, the token after the drafts is drawn from p itself: `bonus_from_q`.
+7. Another candidate y for a rejected x is drawn from q without x, and steps 3 and 4 hold with what the rejection left of p in place of p:
+   `others_with_the_first_ones_q`. After a kept y the token is drawn from p given y: `token_behind_the_draft_that_was_replaced`.
+8. So each token follows p given those before, whatever made the controller draft on, as every draft that was drawn is judged. The text ends
+   where plain decoding would end it: `eos_not_cut`.
+
+All in float32, without an epsilon. Several candidates: SpecInfer (Miao et al. 2024), drawn without replacement.
 
 Axes: B rows, K drafts, A other candidates for each, W = K + 1 positions of the text, T = W + K A verified tokens (`tree.with_others`),
 Q draft vocabulary, V vocabulary.
@@ -29,13 +41,13 @@ class Others(NamedTuple):
 
 
 def empty_others(batch: int, drafts: int, others: int, draft_vocab: int) -> Others:
-    """Room for them."""
+    """Makes room for them."""
     none = jnp.zeros((batch, drafts, others), jnp.int32)
-    return Others(none, none, jnp.zeros((*none.shape, draft_vocab), jnp.float32))
+    return Others(tokens=none, chosen=none, probs=jnp.zeros((*none.shape, draft_vocab), jnp.float32))
 
 
 class Drafts(NamedTuple):
-    """What was drafted in a round.
+    """The drafts of a round.
 
     tokens: int32 [B, K], ids of the target. count: int32 [B], how many of them are this row's.
     chosen: int32 [B, K], the tokens' places in the draft vocabulary. probs: float32 [B, K, Q], the distributions they were drawn from.
@@ -52,10 +64,10 @@ class Drafts(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """What is kept of the drafts.
+    """The drafts that are kept, and the token after them.
 
-    accepted: int32 [B], drafts kept. other: int32 [B], which of the K A other candidates is kept behind them, -1 for none.
-    token: int32 [B], the target's own token behind all that.
+    accepted: int32 [B], drafts kept. other: int32 [B], which of the K A other candidates is kept after them, -1 for none.
+    token: int32 [B], the target's own token after all that.
     """
 
     accepted: jax.Array
@@ -64,33 +76,33 @@ class Verdict(NamedTuple):
 
 
 def _leading(accept_BxK: jax.Array) -> jax.Array:
-    """How many of the first ones hold, int32 [B]."""
+    """Counts how many of the first ones hold, int32 [B]."""
     return jnp.sum(jnp.cumprod(accept_BxK.astype(jnp.int32), axis=1), axis=1)
 
 
 def _probability(drafts: Drafts) -> jax.Array:
-    """Of each draft, where it was drawn: float32 [B, K]."""
+    """Returns q of each draft, float32 [B, K]."""
     if drafts.probs.shape[2] == 0:  # there is no branch
         return jnp.zeros(drafts.tokens.shape, jnp.float32)
     return jnp.take_along_axis(drafts.probs, drafts.chosen[..., None], axis=2)[..., 0]
 
 
 def _residual(p_BxV: jax.Array, q_BxV: jax.Array) -> jax.Array:
-    """max(p - q, 0), not normalised; p itself where q is nothing."""
+    """Returns max(p - q, 0), not normalised; p itself where q is nothing."""
     rest = jnp.maximum(p_BxV - q_BxV, 0.0)
     # A rejection says that p and q differ; only rounding can leave nothing over, and then p is the residual to within rounding.
     return jnp.where(jnp.any(rest > 0, axis=1, keepdims=True), rest, p_BxV)
 
 
 def _at(values_BxN: jax.Array, place_B: jax.Array) -> jax.Array:
-    """One value, or one array, of each row's: [B, N, ...] to [B, ...]."""
+    """Takes one value, or one array, of each row's: [B, N, ...] to [B, ...]."""
     if values_BxN.shape[1] == 1:  # a gather would copy it
         return values_BxN[:, 0]
     return jnp.take_along_axis(values_BxN, place_B.reshape(-1, *[1] * (values_BxN.ndim - 1)), axis=1)[:, 0]
 
 
 def _may_be_replaced(drafts: Drafts, accepted_B: jax.Array) -> jax.Array:
-    """Rows in which a draft was rejected that there are other candidates for, bool [B]."""
+    """Finds rows in which a draft was rejected that there are other candidates for, bool [B]."""
     return (accepted_B < drafts.count) & ~drafts.looked_up
 
 
@@ -106,7 +118,7 @@ def accept_greedy(drafts: Drafts, logits_BxTxV: jax.Array) -> Verdict:
         hits_BxA = (_at(drafts.others.tokens, place) == token[:, None]) & _may_be_replaced(drafts, accepted)[:, None]
         other = jnp.where(jnp.any(hits_BxA, axis=1), place * others + jnp.argmax(hits_BxA, axis=1), -1)
         token = jnp.where(other < 0, token, _at(target_BxT, drafted + 1 + other))
-    return Verdict(accepted, other, token)
+    return Verdict(accepted=accepted, other=other, token=token)
 
 
 def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxTxV: jax.Array, sampling: Sampling) -> Verdict:
@@ -131,7 +143,7 @@ def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, lo
     # 2. What a rejection leaves of the target's distribution: q is nothing where no draft was rejected.
     p_BxV, other = p_at(accepted), jnp.full(batch, -1)
     if not drafted:
-        return Verdict(accepted, other, pick(token_keys, p_BxV))
+        return Verdict(accepted=accepted, other=other, token=pick(token_keys, p_BxV))
 
     def of_vocabulary(q_BxQ: jax.Array) -> jax.Array:
         return q_BxQ if q_BxQ.shape[1] == vocabulary else jnp.zeros_like(p_BxV).at[:, draft_ids_Q].set(q_BxQ)
@@ -154,7 +166,7 @@ def accept_sampled(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, lo
         p_BxV = jnp.where((untried & ~kept)[:, None], _residual(left_BxV, of_vocabulary(probs_BxAxQ[:, i])), p_BxV)
     if others:
         p_BxV = jnp.where((other < 0)[:, None], p_BxV, p_at(drafted + 1 + other))
-    return Verdict(accepted, other, pick(token_keys, p_BxV))
+    return Verdict(accepted=accepted, other=other, token=pick(token_keys, p_BxV))
 
 
 def accept(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxTxV: jax.Array, sampling: Sampling) -> Verdict:
@@ -164,7 +176,7 @@ def accept(keys_B: jax.Array, drafts: Drafts, draft_ids_Q: jax.Array, logits_BxT
       keys_B: PRNG keys [B], used once.
       drafts: K drafts a row, of which the first `count` are its own.
       draft_ids_Q: int32 [Q], ids of the draft vocabulary.
-      logits_BxTxV: float32 [B, T, V], the target's logits at the last committed token, behind each draft, and behind each other candidate.
+      logits_BxTxV: float32 [B, T, V], the target's logits at the last committed token, after each draft, and after each other candidate.
       sampling: applied to the target as it was to the drafts.
     """
     return jax.lax.cond(

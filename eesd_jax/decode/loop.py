@@ -20,7 +20,7 @@ from eesd_jax.model.exit_branch import ExitBranch, before, fuse, run_exit_block
 
 
 def empty_exits(config: ModelConfig, branch: ExitBranch | None, batch: int, capacity: int, dtype: jnp.dtype) -> ExitState:
-    """What a branch carries before the first token."""
+    """Returns what a branch carries before the first token."""
     if branch is None:
         return ExitState(None, None)
     deep = None if branch.fusion is None else jnp.zeros((batch, config.hidden_size), dtype)
@@ -35,12 +35,23 @@ class _Deep(NamedTuple):
 
 
 class _Run(NamedTuple):
-    """Some tokens run: new keys and values of all blocks and of the exit block, the residual stream [B, T, D], and `_Deep` behind them."""
+    """Some tokens run: new keys and values of all blocks and of the exit block, the residual stream [B, T, D], and `_Deep` after them."""
 
     entries: kv.KVCache
     exit_entries: kv.KVCache | None
     x: jax.Array
     deep: _Deep
+
+
+class _Prompts(NamedTuple):
+    """What every pass over prompts reads. exit_layer: N. tokens: int32 [B, P], the prompts. length: int32 [B], of each."""
+
+    config: ModelConfig
+    params: llama.Params
+    branch: ExitBranch | None
+    exit_layer: int
+    tokens: jax.Array
+    length: jax.Array
 
 
 def prefill(
@@ -69,56 +80,77 @@ def prefill(
       capacity: slots of the caches, static; at least P.
 
     Returns:
-      The state before the first plain step, and what drafting takes from here (see `speculative.start_drafting`).
+      The state before the first plain step, and what drafting takes from here (see `round.start_drafting`).
     """
-    batch, padded = prompt_BxP.shape
+    padded = prompt_BxP.shape[1]
     # A slice that went over an end would be moved back, and read or write other tokens.
     assert padded <= capacity and (padded <= chunk or padded % chunk == 0), (padded, chunk, capacity)
-    early, late = range(exit_layer), range(exit_layer, config.num_layers)
-    dtype = params["final_norm"].dtype
-    exit_cache, no_deep = empty_exits(config, branch, batch, capacity, dtype)
-
-    def run(tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None, deep: _Deep) -> _Run:
-        x = llama.embed(params, tokens_BxT)
-        h, early_entries = llama.forward_blocks(config, params["blocks"], x, start_B, cache, early)
-        x, late_entries = llama.forward_blocks(config, params["blocks"], h, start_B, cache, late)
-        entries = kv.KVCache(early_entries.k + late_entries.k, early_entries.v + late_entries.v)
-        if branch is None:
-            return _Run(entries, None, x, deep)
-        deep_BxTxD = None
-        if no_deep is not None:
-            own = llama.last_hidden(config, params, x)
-            deep_BxTxD = before(deep.last, own)
-            # A prompt of one token has none before it, which is as `before` the first.
-            place_B = length_B - 1 - start_B
-            here = (place_B >= 0) & (place_B < tokens_BxT.shape[1])
-            found = jnp.take_along_axis(deep_BxTxD, jnp.clip(place_B, 0, tokens_BxT.shape[1] - 1)[:, None, None], axis=1)[:, 0]
-            deep = _Deep(own[:, -1], jnp.where(here[:, None], found, deep.wanted))
-        return _Run(entries, run_exit_block(config, branch, fuse(config, branch, h, deep_BxTxD), start_B, None)[1], x, deep)
-
-    deep = _Deep(no_deep, no_deep)
-    if padded <= chunk:
-        cache, exit_cache, _, deep = run(prompt_BxP, jnp.zeros(batch, jnp.int32), None, deep)
-        cache = kv.pad(cache, capacity - padded)
-        exit_cache = None if exit_cache is None else kv.pad(exit_cache, capacity - padded)
-    else:
-
-        def run_chunk(index: jax.Array, carry: tuple[kv.KVCache, kv.KVCache | None, _Deep]) -> tuple[kv.KVCache, kv.KVCache | None, _Deep]:
-            cache, exit_cache, deep = carry
-            start_B = jnp.full(batch, index * chunk, jnp.int32)
-            tokens_BxT = jax.lax.dynamic_slice_in_dim(prompt_BxP, index * chunk, chunk, axis=1)
-            entries, exit_entries, x, deep = run(tokens_BxT, start_B, cache, deep)
-            exit_cache = None if exit_cache is None else kv.write(exit_cache, exit_entries, start_B, after=x)
-            return kv.write(cache, entries, start_B, after=x), exit_cache, deep
-
-        # Entries behind a row's own length are garbage, and hidden by its length like everything else there.
-        chunks = (jnp.max(length_B) + chunk - 1) // chunk
-        carry = (kv.empty(config, batch, capacity, dtype), exit_cache, deep)
-        cache, exit_cache, deep = jax.lax.fori_loop(0, chunks, run_chunk, carry)
-    tokens = jnp.pad(prompt_BxP, ((0, 0), (0, capacity - padded)))
+    prompts = _Prompts(config=config, params=params, branch=branch, exit_layer=exit_layer, tokens=prompt_BxP, length=length_B)
+    cache, exits = _run_whole(prompts, capacity) if padded <= chunk else _run_chunks(prompts, capacity, chunk)
     # Rows that only fill up the batch have no budget. A weak type here would compile the loop again once the host has ended a row.
     finish = jnp.where(length_B < limit_B, RUNNING, LENGTH).astype(jnp.int32)
-    return DecodeState(tokens, length_B, limit_B, finish, row_keys_B, cache, None), ExitState(exit_cache, deep.wanted)
+    state = DecodeState(
+        tokens=jnp.pad(prompt_BxP, ((0, 0), (0, capacity - padded))),
+        length=length_B,
+        limit=limit_B,
+        finish=finish,
+        row_keys=row_keys_B,
+        cache=cache,
+        draft=None,
+    )
+    return state, exits
+
+
+def _run_whole(prompts: _Prompts, capacity: int) -> tuple[kv.KVCache, ExitState]:
+    """Runs prompts in one pass: the caches of all blocks and of the exit block."""
+    (batch, padded), dtype = prompts.tokens.shape, prompts.params["final_norm"].dtype
+    nothing = empty_exits(prompts.config, prompts.branch, batch, capacity, dtype).deep
+    run = _run(prompts, prompts.tokens, jnp.zeros(batch, jnp.int32), None, _Deep(last=nothing, wanted=nothing))
+    exit_cache = None if run.exit_entries is None else kv.pad(run.exit_entries, capacity - padded)
+    return kv.pad(run.entries, capacity - padded), ExitState(exit_cache=exit_cache, deep=run.deep.wanted)
+
+
+def _run_chunks(prompts: _Prompts, capacity: int, chunk: int) -> tuple[kv.KVCache, ExitState]:
+    """Runs prompts chunk by chunk: the caches of all blocks and of the exit block."""
+    batch, dtype = prompts.tokens.shape[0], prompts.params["final_norm"].dtype
+    exits = empty_exits(prompts.config, prompts.branch, batch, capacity, dtype)
+
+    def run_chunk(index: jax.Array, carry: tuple[kv.KVCache, kv.KVCache | None, _Deep]) -> tuple[kv.KVCache, kv.KVCache | None, _Deep]:
+        cache, exit_cache, deep = carry
+        start_B = jnp.full(batch, index * chunk, jnp.int32)
+        tokens_BxT = jax.lax.dynamic_slice_in_dim(prompts.tokens, index * chunk, chunk, axis=1)
+        run = _run(prompts, tokens_BxT, start_B, cache, deep)
+        exit_cache = None if exit_cache is None else kv.write(exit_cache, run.exit_entries, start_B, after=run.x)
+        return kv.write(cache, run.entries, start_B, after=run.x), exit_cache, run.deep
+
+    # Entries after a row's own length are garbage, and hidden by its length like everything else there.
+    chunks = (jnp.max(prompts.length) + chunk - 1) // chunk
+    carry = (kv.empty(prompts.config, batch, capacity, dtype), exits.exit_cache, _Deep(last=exits.deep, wanted=exits.deep))
+    cache, exit_cache, deep = jax.lax.fori_loop(0, chunks, run_chunk, carry)
+    return cache, ExitState(exit_cache=exit_cache, deep=deep.wanted)
+
+
+def _run(prompts: _Prompts, tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None, deep: _Deep) -> _Run:
+    """Runs some tokens of the prompts, each row's from `start_B` on, through all blocks, and through the exit block for its entries."""
+    config, params, branch = prompts.config, prompts.params, prompts.branch
+    early, late = range(prompts.exit_layer), range(prompts.exit_layer, config.num_layers)
+    x = llama.embed(params, tokens_BxT)
+    h, early_entries = llama.forward_blocks(config, params["blocks"], x, start_B, cache, early)
+    x, late_entries = llama.forward_blocks(config, params["blocks"], h, start_B, cache, late)
+    entries = kv.KVCache(k=early_entries.k + late_entries.k, v=early_entries.v + late_entries.v)
+    if branch is None:
+        return _Run(entries=entries, exit_entries=None, x=x, deep=deep)
+    deep_BxTxD = None
+    if deep.last is not None:
+        own = llama.last_hidden(config, params, x)
+        deep_BxTxD = before(deep.last, own)
+        # A prompt of one token has none before it, which is as `before` the first.
+        place_B = prompts.length - 1 - start_B
+        here = (place_B >= 0) & (place_B < tokens_BxT.shape[1])
+        found = jnp.take_along_axis(deep_BxTxD, jnp.clip(place_B, 0, tokens_BxT.shape[1] - 1)[:, None, None], axis=1)[:, 0]
+        deep = _Deep(last=own[:, -1], wanted=jnp.where(here[:, None], found, deep.wanted))
+    exit_entries = run_exit_block(config, branch, fuse(config, branch, h, deep_BxTxD), start_B, None)[1]
+    return _Run(entries=entries, exit_entries=exit_entries, x=x, deep=deep)
 
 
 def plain_step(config: ModelConfig, eos_ids_E: jax.Array, params: llama.Params, sampling: Sampling, state: DecodeState) -> DecodeState:

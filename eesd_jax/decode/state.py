@@ -20,15 +20,17 @@ class RoundLog(NamedTuple):
     """What every round did, from which all statistics are computed; [B, R] each, valid up to `rounds`.
 
     rounds: int32 [B]. drafted: int32, tokens drafted. accepted: int32, drafts committed. committed: int32, tokens committed: accepted + 1,
-    or accepted where the text ended within the drafts, or accepted + 2 where another candidate stood in for a refused draft. mean: float32,
-    the controller's expected acceptance before the round. looked_up: bool, whether the drafts came from lookup.
+    or accepted where the text ended within the drafts, or accepted + 2 where another candidate stood in for a refused draft. alpha, beta:
+    float32, the controller's posterior of the acceptance of a draft before the round, NaN where it has none. looked_up: bool, whether the
+    drafts came from lookup.
     """
 
     rounds: jax.Array
     drafted: jax.Array
     accepted: jax.Array
     committed: jax.Array
-    mean: jax.Array
+    alpha: jax.Array
+    beta: jax.Array
     looked_up: jax.Array
 
 
@@ -44,7 +46,7 @@ class DraftState(NamedTuple):
 
     exit_cache: keys and values of the exit block (a tuple of one), capacity S; None without a branch.
     deep: [B, D], the target's normed last hidden state of the last committed token but one; None where no branch has it as an input.
-    probs: float32 [B, K, Q], see `verify.Drafts`. Nothing is read that its own round has not written: it is here so that no round has to
+    probs: float32 [B, K, Q], see `accept.Drafts`. Nothing is read that its own round has not written: it is here so that no round has to
       clear it, which in a batch of 16 took as long as a hundredth of the target's pass.
     controller: the controller's own state, leading axis B.
     log: of all rounds so far.
@@ -80,6 +82,16 @@ class DecodeState(NamedTuple):
 
 def empty_log(batch: int, capacity: int) -> RoundLog:
     """A log of no rounds. A round commits at least one token, so there are never more than `capacity`."""
-    counts = [jnp.zeros((batch, capacity), jnp.int32) for _ in range(3)]  # three arrays: the loop is given each one's memory
-    mean, looked_up = jnp.zeros((batch, capacity), jnp.float32), jnp.zeros((batch, capacity), bool)
-    return RoundLog(jnp.zeros(batch, jnp.int32), *counts, mean, looked_up)
+
+    def empty(dtype: jnp.dtype) -> jax.Array:  # an array of its own each: the loop is given its memory
+        return jnp.zeros((batch, capacity), dtype)
+
+    return RoundLog(
+        rounds=jnp.zeros(batch, jnp.int32),
+        drafted=empty(jnp.int32),
+        accepted=empty(jnp.int32),
+        committed=empty(jnp.int32),
+        alpha=empty(jnp.float32),
+        beta=empty(jnp.float32),
+        looked_up=empty(bool),
+    )

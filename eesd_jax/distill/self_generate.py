@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from eesd_jax.cluster.processes import check_shared
 from eesd_jax.config import NOT_QUANTIZED, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
-from eesd_jax.decode import control
+from eesd_jax.decode.controllers import PLAIN, parse_controller
 from eesd_jax.distill import examples, prompt_source
 from eesd_jax.distill.response_journal import Journal, check_same, check_settings_file
 from eesd_jax.engine import conversations, engine
@@ -122,11 +122,11 @@ def check_settings(config: ExperimentConfig) -> None:
         raise UserError(
             f"self_generate.num_responses is 0, and prompts are {prompt_source.SELF!r}; expected how many the model should write"
         )
-    controller = control.parse_controller(ours.controller, DraftConfig.max_draft)
-    if (ours.exit_branch == "none") != (controller.kind == control.PLAIN):
+    controller = parse_controller(ours.controller, DraftConfig.max_draft)
+    if (ours.exit_branch == "none") != (controller.kind == PLAIN):
         raise UserError(
             f"self_generate.exit_branch is {ours.exit_branch!r} and controller {ours.controller!r}; "
-            f"expected none and {control.PLAIN}, or a branch and what is to draft with it"
+            f"expected none and {PLAIN}, or a branch and what is to draft with it"
         )
 
 

@@ -16,15 +16,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
 from eesd_jax.config import DecodeConfig, SamplingConfig
-from eesd_jax.decode import control
-from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.controllers import AUTO, Controller, known_names
 from eesd_jax.engine.prompts import is_unicode
 from eesd_jax.errors import UserError, integer, shown
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.sharding import MESH_AXES
 
 _SAMPLING = tuple(field.name for field in dataclasses.fields(SamplingConfig))
-_CONTROLLER_METHODS = ("init", "propose", "keep_drafting", "update")
 _MESSAGE = "{'role': '...', 'content': '...'}"
 ENCODING = ("chat", "split_special_tokens")  # those of calls that take texts
 _OPTIONS = ("stop", "sampling", *_SAMPLING, "max_new_tokens", "batch_size", "controller")
@@ -67,7 +65,7 @@ def options(given: Mapping[str, Any], defaults: DecodeConfig) -> Options:
         sampling,
         defaults.max_new_tokens if budget is None else positive(budget, "max_new_tokens"),
         1 if batch_size is None else positive(batch_size, "batch_size"),
-        _controller(given.get("controller", control.AUTO)),
+        controller(given.get("controller", AUTO)),
     )
 
 
@@ -105,11 +103,12 @@ def items(values: Any, what: str, expected: str) -> list[Any]:
     return list(values)
 
 
-def _controller(controller: Any) -> Any:
-    is_one = all(callable(getattr(controller, name, None)) for name in _CONTROLLER_METHODS) and not isinstance(controller, type)
-    if controller is None or isinstance(controller, str) or is_one:
-        return controller
-    raise UserError(f"controller is {shown(controller)}; expected a controller, the name of one ({control.CONTROLLERS}), or None")
+def controller(given: Any) -> Controller | str | None:
+    """Checks a controller, the name of one, or None for plain decoding."""
+    if given is None or isinstance(given, str | Controller):
+        return given
+    expected = f"an instance of a class derived from eesd_jax.Controller, the name of one ({known_names()}), or None"
+    raise UserError(f"controller is {shown(given)}; expected {expected}")
 
 
 def seeds(given: Any, rows: int) -> list[int]:

@@ -6,9 +6,8 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
-from eesd_jax.config import ControllerConfig, DraftConfig
-from eesd_jax.decode import control
-from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.config import DraftConfig
+from eesd_jax.decode.controllers import Calibration, Controller, ControllerSpec, Setup, build_controller, needs_costs, with_sources
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.errors import UserError
 from eesd_jax.model.exit_branch import ExitBranch
@@ -34,18 +33,20 @@ class Drafter(NamedTuple):
     def has_lookup(self) -> bool:
         return self.draft.longest_match > 0
 
-    @property
-    def _sources(self) -> dict[str, bool]:
-        return {"has_branch": self.branch is not None, "has_lookup": self.has_lookup}
+    def needs_costs(self, controller: Controller | type[Controller]) -> bool:
+        """Whether such a controller is built from measured costs."""
+        return needs_costs(controller, has_branch=self.branch is not None, has_lookup=self.has_lookup)
 
-    def needs_costs(self, spec: control.ControllerSpec) -> bool:
-        """Whether the controller of that spec is built from measured costs."""
-        return control.needs_costs(spec, **self._sources)
-
-    def controller(self, spec: control.ControllerSpec, costs: RoundCosts | None) -> Controller | None:
-        """The controller of that spec for these sources; None for plain decoding."""
-        candidates = self.draft.candidates
-        return control.build_controller(spec, ControllerConfig(), self.calibration, costs, **self._sources, candidates=candidates)
+    def controller(self, made: ControllerSpec | Controller, costs: RoundCosts | None) -> Controller | None:
+        """Makes the controller of that spec, or takes the one that is given, for these sources; None for plain decoding."""
+        setup = Setup(
+            calibration=self.calibration,
+            costs=costs,
+            has_branch=self.branch is not None,
+            has_lookup=self.has_lookup,
+            candidates=self.draft.candidates,
+        )
+        return build_controller(made, setup) if isinstance(made, ControllerSpec) else with_sources(made, setup)
 
 
 def read_drafter(folder: BranchFolder, target: LoadedModel, mesh: Mesh | None, draft: DraftConfig) -> Drafter:

@@ -30,10 +30,12 @@ from eesd_jax.config import (
     DraftConfig,
     SamplingConfig,
     check_quantize,
+    parse_arms,
 )
-from eesd_jax.decode import control, loop
+from eesd_jax.decode import loop
 from eesd_jax.decode import round as speculative
-from eesd_jax.decode.controllers import Calibration, Controller, as_argument
+from eesd_jax.decode.controllers import AUTO, PLAIN, Calibration, Controller, parse_controller
+from eesd_jax.decode.draft import Speculation
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.engine import checks, timing
@@ -45,7 +47,7 @@ from eesd_jax.engine.streaming import TextStream
 from eesd_jax.errors import UserError, integer, shown
 from eesd_jax.model import llama, ops, sharding, stored
 from eesd_jax.model.config import ModelConfig
-from eesd_jax.model.exit_branch import ExitBranch, with_codes
+from eesd_jax.model.exit_branch import with_codes
 from eesd_jax.weights import branch_folder, hub, ngram_file
 from eesd_jax.weights.load import LoadedModel, load_model
 
@@ -67,21 +69,9 @@ def _decode_plain(
     return loop.decode(functools.partial(loop.plain_step, config, eos_ids, params, sampling), state, max_steps)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "draft"), donate_argnames=("state",))
-def _decode_speculative(
-    config: ModelConfig,
-    draft: DraftConfig,
-    controller: Controller,
-    eos_ids: jax.Array,
-    params: llama.Params,
-    branch: ExitBranch | None,
-    sampling: Sampling,
-    state: DecodeState,
-    max_steps: jax.Array,
-    ngrams: jax.Array | None = None,
-) -> DecodeState:
-    step = functools.partial(speculative.round_step, config, draft, controller, eos_ids, params, branch, sampling, ngrams_E=ngrams)
-    return loop.decode(step, state, max_steps)
+@functools.partial(jax.jit, donate_argnames=("state",))
+def _decode_speculative(spec: Speculation, state: DecodeState, max_steps: jax.Array) -> DecodeState:
+    return loop.decode(functools.partial(speculative.round_step, spec), state, max_steps)
 
 
 @dataclasses.dataclass
@@ -141,7 +131,7 @@ def load(
     exit_branch, ngrams = (
         checks.name_or_path("none" if name is None else name, what) for name, what in ((exit_branch, "exit_branch"), (ngrams, "ngrams"))
     )
-    arms = control.parse_arms(arms)
+    arms = parse_arms(arms)
     longest_match = LONGEST_MATCH if "lookup" in arms else 0
     draft = DraftConfig(0, max_draft, longest_match=longest_match, candidates=candidates)
     if "exit" not in arms:
@@ -315,11 +305,7 @@ class Engine:
     def _ready(self, rows: int, options: checks.Options) -> checks.Options:
         """Options for so many rows, with the batch that will be run and the controller itself in place of its name."""
         batch = math.ceil(max(options.batch_size, rows) / self._row_shares) * self._row_shares
-        controller = options.controller
-        if isinstance(controller, str):
-            controller = self.controller(controller, batch=batch)
-        if controller is not None and self.drafter is None:
-            raise UserError(f"controller {shown(controller)} needs an exit branch or lookup, and there is neither; expected None")
+        controller = None if options.controller is None else self.controller(options.controller, batch=batch)
         return dataclasses.replace(options, batch_size=batch, controller=controller)
 
     def _run(self, prompts: list[list[int]], seeds: list[int], options: checks.Options, chunk: int) -> Iterator[list[str]]:
@@ -344,34 +330,41 @@ class Engine:
         generations = []
         for i, row in enumerate(rows):
             count = row.text.num_tokens
-            rounds = Rounds.plain(count) if log is None else Rounds(*(field[i, : log.rounds[i]] for field in log[1:])).cut(count)
+            rounds = Rounds.plain(count) if log is None else Rounds.of_row(log, i).cut(count)
             token_ids = tokens[i, row.prompt_tokens :][:count].tolist()
             reason = _FINISH_REASONS[row.finish]
             generations.append(Generation(row.text.text, token_ids, row.prompt_tokens, reason, rounds, row.seconds, first_token_seconds))
         return generations
 
-    def controller(self, name: str, *, batch: int = 1) -> Controller | None:
-        """The controller of that name (`eesd_jax.control.CONTROLLERS`, or `auto`, see `generate_ids`), None for `plain`.
+    def controller(self, name: str | Controller, *, batch: int = 1) -> Controller | None:
+        """Makes the controller of that name (docs/controllers.md, or `auto`, see `generate_ids`); None for `plain`.
 
         Args:
+          name: or a controller, which is given what its name would add: the bandit before it, where lookup drafts too.
           batch: rows that will be generated at once; what rounds of so many rows cost is measured, where the controller needs it, the
             first time on this machine.
 
         Raises:
           UserError: an unknown name or value, or nothing to draft with.
         """
-        drafter = self.drafter
-        if name == control.AUTO:
-            name = DEFAULT_CONTROLLER if drafter else control.PLAIN
-        spec = control.parse_controller(name, drafter.draft.max_draft if drafter else DraftConfig.max_draft)
-        if spec.kind == control.PLAIN:
+        drafter, name = self.drafter, checks.controller(name)
+        if name is None:
             return None
+        if name == AUTO:
+            name = DEFAULT_CONTROLLER if drafter else PLAIN
+        if isinstance(name, str):
+            made = parse_controller(name, drafter.draft.max_draft if drafter else DraftConfig.max_draft)
+            if made.kind == PLAIN:
+                return None
+            kind = made.controller
+        else:
+            made = kind = name
         if drafter is None:
-            raise UserError(f"controller {name!r} needs an exit branch or lookup, and there is neither; expected plain")
-        if drafter.branch is None and spec.kind not in control.WITHOUT_BRANCH:
+            raise UserError(f"controller {shown(name)} needs an exit branch or lookup, and there is neither; expected plain")
+        if drafter.branch is None and kind.needs_branch:
             expected = "expected plain, fixed:K or cost_aware, or the exit branch (--arms=exit, in a program arms=['exit'])"
-            raise UserError(f"controller {name!r} needs an exit branch, and only lookup drafts; {expected}")
-        return drafter.controller(spec, timing.round_costs(self, batch) if drafter.needs_costs(spec) else None)
+            raise UserError(f"controller {shown(name)} needs an exit branch, and only lookup drafts; {expected}")
+        return drafter.controller(made, timing.round_costs(self, batch) if drafter.needs_costs(kind) else None)
 
     def prefill(
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int, controller: Controller | None = None
@@ -414,7 +407,7 @@ class Engine:
             state, exits = run(slice(None), padded)
         if controller is None:
             return state
-        state = _start_drafting(drafter.draft, self.branch, as_argument(controller), state, exits)
+        state = _start_drafting(drafter.draft, self.branch, controller, state, exits)
         # What it adds lies where the rest of a row does: for arrays that lie elsewhere the program would be compiled again.
         added = self._place_rows(state.draft._replace(exit_cache=None))
         return state._replace(draft=added._replace(exit_cache=state.draft.exit_cache))
@@ -426,8 +419,20 @@ class Engine:
         eos_ids, steps = np.array(model.eos_ids, np.int32), np.int32(max_steps)
         if controller is None:
             return _decode_plain(model.config, eos_ids, self.params, settings, state, steps)
-        draft = self.drafter.draft
-        return _decode_speculative(model.config, draft, controller, eos_ids, self.params, self.branch, settings, state, steps, self.ngrams)
+        return _decode_speculative(self.speculation(controller, settings), state, steps)
+
+    def speculation(self, controller: Controller, sampling: Sampling) -> Speculation:
+        """Gathers what rounds of this engine read."""
+        return Speculation(
+            config=self.model.config,
+            draft=self.drafter.draft,
+            controller=controller,
+            eos_ids=np.array(self.model.eos_ids, np.int32),
+            params=self.params,
+            branch=self.branch,
+            sampling=sampling,
+            ngrams=self.ngrams,
+        )
 
     @property
     def _mesh(self) -> Mesh | None:

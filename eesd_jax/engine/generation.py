@@ -5,6 +5,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from scipy import special
+
+from eesd_jax.decode.state import RoundLog
+
+_COUNTS, _BELIEF = ("drafted", "accepted", "committed"), ("alpha", "beta")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,58 +21,84 @@ class Rounds:
       accepted: drafts that became text.
       committed: tokens that became text: accepted + 1, or accepted where the text ended within the drafts, or accepted + 2 where another
         candidate stood in for a refused draft.
-      mean: the controller's expected acceptance of a draft before the round; NaN where it has no such belief.
+      alpha, beta: the controller's posterior of the acceptance of a draft before the round, Beta(alpha, beta); NaN where it has none, as by
+        default.
       looked_up: whether the drafts came from lookup in the text, not from the exit branch; none by default.
     """
 
     drafted: np.ndarray
     accepted: np.ndarray
     committed: np.ndarray
-    mean: np.ndarray
+    alpha: np.ndarray | None = None
+    beta: np.ndarray | None = None
     looked_up: np.ndarray | None = None
 
     def __post_init__(self):
+        for name in _BELIEF:
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, np.full(len(self.drafted), np.nan))
         if self.looked_up is None:
             object.__setattr__(self, "looked_up", np.zeros(len(self.drafted), bool))
+
+    @classmethod
+    def of_row(cls, log: RoundLog, row: int) -> "Rounds":
+        """Takes one row of a log that was fetched."""
+        return cls(**{name: getattr(log, name)[row, : log.rounds[row]] for name in cls._names()})
 
     @classmethod
     def plain(cls, num_tokens: int) -> "Rounds":
         """Plain decoding: a round a token, nothing drafted."""
         zeros = np.zeros(num_tokens, np.int64)
-        return cls(zeros, zeros, zeros + 1, np.full(num_tokens, np.nan))
+        return cls(drafted=zeros, accepted=zeros, committed=zeros + 1)
 
     @classmethod
     def join(cls, parts: Sequence["Rounds"]) -> "Rounds":
         """The rounds of several rows, one after the other."""
-        columns = zip(*(part._columns for part in parts), strict=True)
-        return cls(*(np.concatenate(column) for column in columns)) if parts else cls.plain(0)
+        if not parts:
+            return cls.plain(0)
+        return cls(**{name: np.concatenate([getattr(part, name) for part in parts]) for name in cls._names()})
 
     @classmethod
     def from_json(cls, values: dict[str, list]) -> "Rounds":
         """What `to_json` was made of."""
-        counts = (np.array(values[name], np.int64) for name in ("drafted", "accepted", "committed"))
-        looked_up = np.array(values["looked_up"], bool) if "looked_up" in values else None
-        return cls(*counts, np.array(values["mean"], np.float64), looked_up)  # None becomes NaN
+        types = dict.fromkeys(_COUNTS, np.int64) | dict.fromkeys(_BELIEF, np.float64) | {"looked_up": bool}
+        return cls(**{name: np.array(values[name], types[name]) for name in cls._names() if name in values})  # None becomes NaN
 
     def to_json(self) -> dict[str, list[Any]]:
-        """Lists; a belief to four digits, None for NaN; `looked_up` as 0 and 1, left out where there was no lookup."""
-        values = {name: getattr(self, name).tolist() for name in ("drafted", "accepted", "committed")}
-        values["mean"] = [None if np.isnan(mean) else round(float(mean), 4) for mean in self.mean]
+        """Lists; a belief to five digits, left out where there is none; `looked_up` as 0 and 1, left out where there was no lookup."""
+        values = {name: getattr(self, name).tolist() for name in _COUNTS}
+        if np.isfinite(self.alpha).any():
+            values |= {name: [None if np.isnan(x) else float(f"{x:.5g}") for x in getattr(self, name)] for name in _BELIEF}
         return values | ({"looked_up": self.looked_up.astype(int).tolist()} if self.looked_up.any() else {})
 
+    @classmethod
+    def _names(cls) -> list[str]:
+        return [field.name for field in dataclasses.fields(cls)]
+
     @property
-    def _columns(self) -> tuple[np.ndarray, ...]:
-        return self.drafted, self.accepted, self.committed, self.mean, self.looked_up
+    def mean(self) -> np.ndarray:
+        """The expected acceptance of a draft before each round; NaN where the controller has no such belief."""
+        return self.alpha / (self.alpha + self.beta)
+
+    def interval(self, probability: float) -> tuple[np.ndarray, np.ndarray]:
+        """Bounds between which the acceptance lies with that probability, as the controller believes before each round; NaN as in `mean`.
+
+        It is as probably below the lower one as above the upper one.
+        """
+        tail = (1 - probability) / 2
+        return special.betaincinv(self.alpha, self.beta, tail), special.betaincinv(self.alpha, self.beta, 1 - tail)
 
     def cut(self, num_tokens: int) -> "Rounds":
         """The rounds that gave the first `num_tokens` tokens; the last of them counts for as many as it gave of those."""
         if num_tokens == 0:
-            return Rounds(*(column[:0] for column in self._columns))
-        count = int(np.searchsorted(np.cumsum(self.committed), num_tokens)) + 1
-        committed = self.committed[:count].copy()
+            return self._first(0)
+        first = self._first(int(np.searchsorted(np.cumsum(self.committed), num_tokens)) + 1)
+        committed = first.committed.copy()
         committed[-1] -= committed.sum() - num_tokens
-        kept = np.minimum(self.accepted[:count], committed)
-        return Rounds(self.drafted[:count], kept, committed, self.mean[:count], self.looked_up[:count])
+        return dataclasses.replace(first, accepted=np.minimum(first.accepted, committed), committed=committed)
+
+    def _first(self, count: int) -> "Rounds":
+        return Rounds(**{name: getattr(self, name)[:count] for name in self._names()})
 
     @property
     def tested(self) -> np.ndarray:

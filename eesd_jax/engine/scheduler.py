@@ -28,6 +28,7 @@ from eesd_jax.config import DraftConfig, RefillConfig
 from eesd_jax.decode import loop
 from eesd_jax.decode import round as speculative
 from eesd_jax.decode.controllers import Controller
+from eesd_jax.decode.draft import Speculation
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
 from eesd_jax.engine.engine import Engine
@@ -173,8 +174,16 @@ def _decode(
         if static.controller is None:
             step = functools.partial(loop.plain_step, static.config, eos_ids, params, rows.sampling)
         else:
-            model = (static.config, static.draft, static.controller, eos_ids, params, branch, rows.sampling)
-            step = functools.partial(speculative.round_step, *model)
+            spec = Speculation(
+                config=static.config,
+                draft=static.draft,
+                controller=static.controller,
+                eos_ids=eos_ids,
+                params=params,
+                branch=branch,
+                sampling=rows.sampling,
+            )
+            step = functools.partial(speculative.round_step, spec)
         return rows._replace(state=loop.decode(step, rows.state, max_steps))
 
     return _over_data(static, decode, (_SHARED, _SHARED, _SHARED, _OWN, _SHARED), _OWN)(eos_ids, params, branch, rows, max_steps)

@@ -24,8 +24,7 @@ from eesd_jax import files
 from eesd_jax.cluster import processes
 from eesd_jax.cluster.hardware import cpu_name
 from eesd_jax.config import SamplingConfig
-from eesd_jax.decode import control
-from eesd_jax.decode.controllers import Controller, Fixed
+from eesd_jax.decode.controllers import Controller, ControllerSpec, Fixed
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine.prefill import bucket_shapes
@@ -81,7 +80,7 @@ def forced(engine: "Engine", drafts: int) -> Controller:
     if not drafter.has_lookup:
         return Fixed(drafts)
     any_costs = (1.0,) * (drafter.draft.max_draft + 1)
-    arms = drafter.controller(control.ControllerSpec("cost_aware"), RoundCosts(any_costs, any_costs))
+    arms = drafter.controller(ControllerSpec("cost_aware"), RoundCosts(any_costs, any_costs))
     return dataclasses.replace(arms, forced=drafts)
 
 

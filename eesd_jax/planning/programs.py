@@ -17,10 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from eesd_jax.config import NOT_QUANTIZED, BranchConfig, ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig
-from eesd_jax.decode import control
-from eesd_jax.decode.control import ControllerSpec
-from eesd_jax.decode.controllers import Calibration
+from eesd_jax.config import NOT_QUANTIZED, BranchConfig, DecodeConfig, DraftConfig, ExperimentConfig
+from eesd_jax.decode.controllers import Calibration, ControllerSpec, Setup, build_controller
+from eesd_jax.decode.draft import Speculation
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.distill import step, teacher
 from eesd_jax.distill.checks import check_against_model
@@ -251,7 +250,7 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
       UserError: an exit layer that does not exist, or a controller that needs measured times.
       DoesNotFit: one of them needs more memory than a chip has.
     """
-    controller = control.build_controller(shape.controller, ControllerConfig(), Calibration(), None)
+    controller = build_controller(shape.controller, Setup(calibration=Calibration()))
     found, rows = shapes(config, model, shape), shape.batch
     on = decoding(config, model, sharding.make_mesh(list(devices), tensor=len(devices)), shape)
     params, branch = on.params, on.branch
@@ -285,7 +284,8 @@ def compile_decode(config: ExperimentConfig, model: ModelConfig, devices: Sequen
     yield Program(PLAIN, compiled, arguments, held, rows, runs_of(PLAIN, found, on))
 
     _, state = compile("start of drafting", engine._start_drafting, found.draft, branch, controller, state, exits)
-    arguments = (model, found.draft, controller, eos, params, branch, sampling, state, steps)
+    spec = Speculation(config=model, draft=found.draft, controller=controller, eos_ids=eos, params=params, branch=branch, sampling=sampling)
+    arguments = (spec, state, steps)
     compiled, _ = compile(ROUND, engine._decode_speculative, *arguments)
     others = state._replace(cache=None, draft=state.draft._replace(exit_cache=None))
     held = weights | {"caches": (state.cache, state.draft.exit_cache), "other state": others}

@@ -20,7 +20,8 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def speculative(drafted, accepted, committed=None, mean=math.nan, identity="a") -> Answer:
     committed = [count + 1 for count in accepted] if committed is None else committed
-    log = Rounds(np.array(drafted), np.array(accepted), np.array(committed), np.full(len(drafted), mean))
+    alpha = np.full(len(drafted), 10 * mean)
+    log = Rounds(np.array(drafted), np.array(accepted), np.array(committed), alpha, 10 - alpha)
     return Answer(identity, list(range(sum(committed))), "text", "length", log)
 
 

@@ -9,7 +9,7 @@ import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode.controllers import Beta, Calibration, Fixed
+from eesd_jax.decode.controllers import Beta, Calibration, Fixed, Outcome
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.model import stored
 from eesd_jax.model.exit_branch import init_exit_branch
@@ -81,7 +81,7 @@ def test_a_led_controller_drafts_as_told_and_learns_as_ever(overhead, lm, drafts
     np.testing.assert_array_equal(log.drafted[:, :3], drafts)
     learned = BETA.init(2)
     for drafted, accepted in zip(log.drafted.T[:3], log.accepted.T[:3], strict=True):
-        learned = BETA.update(learned, None, jnp.array(drafted), jnp.array(accepted))
+        learned = BETA.update(learned, None, Outcome(drafted=jnp.array(drafted), accepted=jnp.array(accepted), replaced=jnp.zeros(2, bool)))
     np.testing.assert_allclose(state.draft.controller.alpha, learned.alpha, rtol=1e-6)
     np.testing.assert_allclose(state.draft.controller.beta, learned.beta, rtol=1e-6)
 

@@ -12,19 +12,21 @@ import pytest
 from scipy import stats
 
 from eesd_jax.decode.controllers import (
-    REPLACED_MEAN,
     Beta,
-    BetaState,
     Calibrated,
     Calibration,
     Controller,
     CostAware,
     CostState,
     Fixed,
+    Offer,
+    Outcome,
+    Posterior,
     Replacements,
     Threshold,
     draw_beta,
 )
+from eesd_jax.decode.controllers.replacements import REPLACED_MEAN
 
 MAX_DRAFT = 8
 SIGMAS = 4.5  # a false alarm in 150,000
@@ -61,21 +63,26 @@ def draft(
         keep = keep & wanted & (k < max_draft)
         return (keep, count + keep, plan), None
 
-    plan = controller.propose(fold_in(keys_B, MAX_DRAFT + 1), state, running_B)
+    plan = controller.propose(fold_in(keys_B, MAX_DRAFT + 1), state, Offer(running=running_B))
     confidence_LxB = jnp.concatenate([jnp.ones((1, rows)), confidence_BxK[:, :max_draft].T])
     start = running_B, jnp.zeros(rows, jnp.int32), plan
     return jax.lax.scan(ask, start, (jnp.arange(max_draft + 1), confidence_LxB))[0][1:]
+
+
+def outcome(drafted: Any, accepted: Any, replaced: Any = None) -> Outcome:
+    drafted, accepted = jnp.asarray(drafted), jnp.asarray(accepted)
+    return Outcome(drafted=drafted, accepted=accepted, replaced=jnp.zeros(drafted.shape, bool) if replaced is None else jnp.array(replaced))
 
 
 def learn(controller: Controller, rounds: list[tuple[int, int]], confidence_K: tuple[float, ...] = (0.5,) * MAX_DRAFT) -> Any:
     """The state of one row after some rounds of (drafted, accepted)."""
     state = controller.init(1)
     for drafted, accepted in rounds:
-        plan = controller.propose(keys_of(1), state, jnp.array([True]))
+        plan = controller.propose(keys_of(1), state, Offer(running=jnp.array([True])))
         for k in range(drafted + 1):
             confidence = jnp.array([confidence_K[k - 1] if k else 1.0])
             _, plan = controller.keep_drafting(keys_of(1), plan, jnp.int32(k), confidence)
-        state = controller.update(state, plan, jnp.array([drafted]), jnp.array([accepted]))
+        state = controller.update(state, plan, outcome([drafted], [accepted]))
     return state
 
 
@@ -102,7 +109,7 @@ def test_posteriors_are_those_worked_by_hand(rounds, alpha, censored_beta, plain
     for controller, beta in [(BETA, censored_beta), (Beta(**PRIOR, censored=False), plain_beta), (CALIBRATED, censored_beta)]:
         state = learn(controller, rounds)
         np.testing.assert_allclose([state.alpha[0], state.beta[0]], [alpha, beta], rtol=1e-6)
-        np.testing.assert_allclose(controller.mean(state), alpha / (alpha + beta), rtol=1e-6)
+        np.testing.assert_allclose(controller.posterior(state), [[alpha], [beta]], rtol=1e-6)
     state = learn(COST_AWARE, rounds)
     np.testing.assert_allclose([state.alpha[0], state.beta[0]], [alpha, censored_beta], rtol=1e-6)
 
@@ -114,7 +121,7 @@ def test_without_discount_counts_add_up():
     controller = Beta(2.0, 1.0, discount=1.0, idle_discount=1.0)
     state = controller.init(3)
     for row_drafted, row_accepted in zip(drafted, accepted, strict=True):
-        state = controller.update(state, None, jnp.array(row_drafted), jnp.array(row_accepted))
+        state = controller.update(state, None, outcome(row_drafted, row_accepted))
     np.testing.assert_allclose(state.alpha, 2 + accepted.sum(axis=0))
     np.testing.assert_allclose(state.beta, 1 + (accepted < drafted).sum(axis=0))
 
@@ -125,8 +132,8 @@ def test_a_round_without_drafts_teaches_nothing_and_only_forgets(controller):
     prior = controller.init(1)
     after = before
     for _ in range(3):
-        plan = controller.propose(keys_of(1), after, jnp.array([True]))
-        after = controller.update(after, plan, jnp.array([0]), jnp.array([0]))
+        plan = controller.propose(keys_of(1), after, Offer(running=jnp.array([True])))
+        after = controller.update(after, plan, outcome([0], [0]))
     for old, new, start in zip(*map(jax.tree.leaves, (before, after, prior)), strict=True):
         np.testing.assert_allclose(new - start, 0.75**3 * (old - start), rtol=1e-4)
 
@@ -134,9 +141,9 @@ def test_a_round_without_drafts_teaches_nothing_and_only_forgets(controller):
 def test_the_state_that_learns_nothing_stays():
     for controller in (Fixed(2), Threshold(0.5)):
         state = controller.init(4)
-        updated = controller.update(state, state, jnp.array([3, 2, 1, 0]), jnp.array([1, 2, 0, 0]))
-        np.testing.assert_array_equal(updated, state)
-        assert np.isnan(controller.mean(state)).all()
+        updated = controller.update(state, state, outcome([3, 2, 1, 0], [1, 2, 0, 0]))
+        jax.tree.map(np.testing.assert_array_equal, updated, state)
+        assert controller.posterior(state) is None
 
 
 def test_what_the_confidence_predicted_is_counted_for_the_drafts_that_were_tested():
@@ -155,7 +162,7 @@ def test_the_confidence_is_corrected_by_what_was_found():
     controller = CostAware(1.0, 1.0, discount=1.0, idle_discount=1.0, calibration=Calibration(), cost=CPU_COST)
     # Of 8 drafts 6 were predicted and 4 found: odds of 3 where there are odds of 1. So odds of 9 are odds of 3.
     state = CostState(jnp.array([4.0]), jnp.array([4.0]), jnp.array([6.0]))
-    plan = controller.propose(keys_of(1), state, jnp.array([True]))
+    plan = controller.propose(keys_of(1), state, Offer(running=jnp.array([True])))
     _, plan = controller.keep_drafting(keys_of(1), plan, jnp.int32(0), jnp.array([1.0]))
     np.testing.assert_allclose([plan.survival[0], plan.expected[0]], [1, 1])
     _, plan = controller.keep_drafting(keys_of(1), plan, jnp.int32(1), jnp.array([0.9]))
@@ -170,9 +177,9 @@ def test_rejections_that_another_candidate_replaced_are_counted():
     state = controller.init(2)
     np.testing.assert_allclose(state.replacements.chance(2), REPLACED_MEAN)
     np.testing.assert_allclose(state.replacements.chance(3), 1 - (1 - REPLACED_MEAN) ** 2, rtol=1e-6)
-    plan = controller.propose(keys_of(2), state, jnp.ones(2, bool))
+    plan = controller.propose(keys_of(2), state, Offer(running=jnp.ones(2, bool)))
     for drafted, accepted, replaced in [((3, 2), (1, 1), (True, False)), ((2, 2), (2, 0), (False, True)), ((0, 1), (0, 0), (False, True))]:
-        state = controller.update(state, plan, jnp.array(drafted), jnp.array(accepted), jnp.array(replaced))
+        state = controller.update(state, plan, outcome(drafted, accepted, replaced))
     # Where all are accepted nothing was rejected. A discount of 0.5 with drafts, of 0.75 without.
     np.testing.assert_allclose(state.replacements.rejected, [(1 * 0.5 + 0) * 0.75, (1 * 0.5 + 1) * 0.5 + 1], rtol=1e-6)
     np.testing.assert_allclose(state.replacements.replaced, [(1 * 0.5 + 0) * 0.75, (0 * 0.5 + 1) * 0.5 + 1], rtol=1e-6)
@@ -207,10 +214,10 @@ def test_posteriors_stay_proper_on_any_text(discount):
 
     def play_round(state, xs):
         drafted_B, confidence_BxK, seed = xs
-        plan = controller.propose(keys_of(rows, seed), state, jnp.ones(rows, bool))
+        plan = controller.propose(keys_of(rows, seed), state, Offer(running=jnp.ones(rows, bool)))
         ok = jnp.isfinite(plan.theta) & (plan.theta >= 0) & (plan.theta <= 1) & jnp.isfinite(plan.correction)
         said = jax.vmap(jax.vmap(controller.calibration))(confidence_BxK)
-        state = controller.update(state, plan._replace(confidence=said), drafted_B, jnp.where(luck[0], drafted_B, 0))
+        state = controller.update(state, plan._replace(confidence=said), outcome(drafted_B, jnp.where(luck[0], drafted_B, 0)))
         return state, (ok, state)
 
     _, (ok, states) = jax.lax.scan(play_round, controller.init(rows), (drafted, confidence, jnp.arange(rounds)))
@@ -245,7 +252,7 @@ def test_draws_from_beta_are_probabilities_for_any_counts():
 
 def test_beta_drafts_on_with_probability_theta_drawn_once_a_round():
     rows = 20_000
-    state = BetaState(jnp.full(rows, 3.0), jnp.full(rows, 2.0))
+    state = Posterior(jnp.full(rows, 3.0), jnp.full(rows, 2.0))
     count = np.asarray(draft(BETA, state, keys_of(rows), jnp.ones((rows, MAX_DRAFT)))[0])
     # Moments of Beta(3, 2): one theta a round, so two drafts come with E[theta^2], and not with E[theta]^2 = 0.36.
     assert_share(count >= 1, 3 / 5)
@@ -276,9 +283,9 @@ def test_theta_of_exactly_zero_and_one():
 @pytest.mark.parametrize("alpha", [3.0, 30.0, 3000.0])
 def test_the_confidence_counts_as_kappa_drafts_of_a_capped_posterior(alpha):
     rows, confidence = 20_000, 0.9
-    state = BetaState(jnp.full(rows, alpha), jnp.full(rows, alpha * 2))
+    state = Posterior(jnp.full(rows, alpha), jnp.full(rows, alpha * 2))
     capped = min(3 * alpha, CALIBRATED.capacity)
-    plan = CALIBRATED.propose(keys_of(rows), state, jnp.ones(rows, bool))
+    plan = CALIBRATED.propose(keys_of(rows), state, Offer(running=jnp.ones(rows, bool)))
     np.testing.assert_allclose(plan.alpha, capped / 3, rtol=1e-6)
     np.testing.assert_allclose(plan.beta, capped * 2 / 3, rtol=1e-6)
     # Before the first draft there is no confidence, whatever the argument says.
@@ -321,7 +328,7 @@ def some_states(controller: Controller, rows: int) -> Any:
     """A different state in every row, with leading axis `rows`."""
     rng = np.random.default_rng(7)
     state = controller.init(rows)
-    if not isinstance(state, (BetaState, CostState)):
+    if not isinstance(state, (Posterior, CostState)):
         return state
     alpha, beta = rng.uniform(0.5, 20, (2, rows)).astype(np.float32)
     return type(state)(*map(jnp.array, (alpha, beta, (alpha + beta) * rng.uniform(0.2, 0.9, rows).astype(np.float32))[: len(state)]))
@@ -334,12 +341,12 @@ def test_a_row_in_a_batch_does_what_it_does_alone(controller):
     confidence = jnp.array(np.random.default_rng(3).uniform(0.3, 1, (rows, MAX_DRAFT)), jnp.float32)
     count, plan = draft(controller, state, keys, confidence)
     accepted = count // 2
-    after = controller.update(state, plan, count, accepted)
+    after = controller.update(state, plan, outcome(count, accepted))
     for row in range(rows):
         alone = jax.tree.map(lambda leaf, row=row: leaf[row : row + 1], state)
         count_alone, plan_alone = draft(controller, alone, keys[row : row + 1], confidence[row : row + 1])
         assert count_alone[0] == count[row]
-        after_alone = controller.update(alone, plan_alone, count_alone, accepted[row : row + 1])
+        after_alone = controller.update(alone, plan_alone, outcome(count_alone, accepted[row : row + 1]))
         for leaf, leaf_alone in zip(jax.tree.leaves(after), jax.tree.leaves(after_alone), strict=True):
             np.testing.assert_array_equal(leaf[row], leaf_alone[0])
     if isinstance(controller, Beta):
@@ -377,7 +384,7 @@ def test_controllers_are_pure(controller):
         eager, _ = draft(controller, state, keys, confidence)
     np.testing.assert_array_equal(jitted, eager)
     np.testing.assert_array_equal(jitted, draft(controller, state, keys, confidence)[0])
-    updated = [update(state, plan, jitted, jitted // 2) for update in (controller.update, jax.jit(controller.update))]
+    updated = [update(state, plan, outcome(jitted, jitted // 2)) for update in (controller.update, jax.jit(controller.update))]
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), *updated)
     assert jax.tree.structure(updated[0]) == jax.tree.structure(state)
     jax.tree.map(np.testing.assert_array_equal, before, state)
@@ -477,7 +484,7 @@ def test_who_has_given_up_notices_when_drafts_pay_again():
     hopeless = CostState(jnp.full(rows, 1.0), jnp.full(rows, 31.0), jnp.full(rows, 1.0))
     confidence = jnp.full((rows, MAX_DRAFT), 0.9)
     alone = jax.jit(jax.vmap(lambda state, key, confidence: draft(controller, state, key[None], confidence[None])[0][0]))
-    idle = controller.propose(keys_of(rows), hopeless, jnp.ones(rows, bool)), *jnp.zeros((2, rows), int)
+    idle = controller.propose(keys_of(rows), hopeless, Offer(running=jnp.ones(rows, bool))), outcome([0] * rows, [0] * rows)
     rested = jax.lax.fori_loop(0, 200, lambda _, state: controller.update(state, *idle), hopeless)
     share = [
         float(np.mean(np.asarray(alone(jax.tree.map(lambda leaf: leaf[:, None], state), keys_of(rows), confidence)) > 0))
@@ -504,7 +511,7 @@ def test_posteriors_find_the_acceptance_of_a_text():
             count, plan = draft(controller, state, keys_of(rows, index), confidence)
             hits = jax.random.uniform(jax.random.key(1000 + index), (rows, MAX_DRAFT)) < acceptance
             accepted = jnp.minimum(count, jnp.sum(jnp.cumprod(hits, axis=1), axis=1))
-            state = controller.update(state, plan, count, accepted)
+            state = controller.update(state, plan, outcome(count, accepted))
         tested = np.asarray(state.alpha + state.beta) - 2
         pooled = (np.asarray(state.alpha).sum() - rows) / tested.sum()
         assert abs(pooled - acceptance) < SIGMAS * math.sqrt(acceptance * (1 - acceptance) / tested.sum()) + 1e-3

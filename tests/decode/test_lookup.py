@@ -11,7 +11,7 @@ import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig
 from eesd_jax.config import DraftConfig
-from eesd_jax.decode.controllers import Beta, Calibration, CostAware, Fixed, Replacements
+from eesd_jax.decode.controllers import Beta, Calibration, CostAware, Fixed, Offer, Outcome, Posterior, Replacements
 from eesd_jax.decode.sources import lookup
 from eesd_jax.decode.sources.bandit import LOOK_DISCOUNT, LOOK_MEAN, LOOK_WEIGHT, Arms, ArmsPlan, expected_tokens
 from eesd_jax.decode.sources.lookup import Lookup, expected_drafts, look_up
@@ -73,7 +73,12 @@ def found(*counts: int, chance: float = 0.5) -> Lookup:
 def propose(arms: Arms, state, offer: Lookup, running: list[bool] | None = None) -> ArmsPlan:
     rows = offer.count.size
     running = jnp.ones(rows, bool) if running is None else jnp.array(running)
-    return arms.propose(jax.random.split(jax.random.key(0), rows), state, running, offer)
+    return arms.propose(jax.random.split(jax.random.key(0), rows), state, Offer(running=running, found=offer))
+
+
+def outcome(drafted: list[int], accepted: list[int], replaced: list[bool] | None = None) -> Outcome:
+    replaced = [False] * len(drafted) if replaced is None else replaced
+    return Outcome(drafted=jnp.array(drafted), accepted=jnp.array(accepted), replaced=jnp.array(replaced))
 
 
 def sure(state, *, exits: float, looks: float):
@@ -125,7 +130,7 @@ def test_a_branch_that_does_not_draft_shares_the_price_of_no_wider_pass():
 
     def drafts(key):
         keys = jax.random.split(key, 16)
-        plan = arms.propose(keys, arms.init(16), everyone > 0, offer)
+        plan = arms.propose(keys, arms.init(16), Offer(running=everyone > 0, found=offer))
         return plan.look_up > 0, arms.keep_drafting(keys, plan, jnp.int32(0), everyone)[0]
 
     looked_up, branch = jax.vmap(drafts)(jax.random.split(jax.random.key(0), 200))
@@ -158,14 +163,14 @@ def test_learns_for_the_source_that_drafted():
     state = arms.init(3)
     chance = jnp.array([[0.5, 0.75, 1.0]] * 3)
     plan = ArmsPlan(jnp.array([3, 0, 0]), jnp.array([False, True, False]), chance, state.inner)
-    state = arms.update(state, plan, jnp.array([3, 2, 0]), jnp.array([1, 2, 0]))
+    state = arms.update(state, plan, outcome([3, 2, 0], [1, 2, 0]))
     assert state.look_accepted.tolist() == [1, 0, 0]
     assert state.look_tested.tolist() == [2, 0, 0]  # what was behind the first rejection does not count
     assert state.look_hoped.tolist() == [1.25, 0, 0]
     assert state.exit_alpha.tolist() == [1, 3, 1]
     assert state.exit_beta.tolist() == [1, 1, 1]
     plan = plan._replace(look_up=jnp.array([1, 0, 0]))
-    state = arms.update(state, plan, jnp.array([1, 0, 0]), jnp.array([1, 0, 0]))
+    state = arms.update(state, plan, outcome([1, 0, 0], [1, 0, 0]))
     np.testing.assert_allclose(state.look_accepted[0], LOOK_DISCOUNT + 1)
     np.testing.assert_allclose(state.look_tested[0], 2 * LOOK_DISCOUNT + 1)
     np.testing.assert_allclose(state.look_hoped[0], 1.25 * LOOK_DISCOUNT + 0.5)
@@ -176,7 +181,7 @@ def test_other_candidates_are_the_branchs_and_make_its_drafts_worth_more():
     state = arms.init(3)
     chance = jnp.array([[0.5, 0.75, 1.0]] * 3)
     plan = ArmsPlan(jnp.array([3, 0, 0]), jnp.array([False, True, True]), chance, state.inner)
-    state = arms.update(state, plan, jnp.array([3, 2, 2]), jnp.array([1, 1, 1]), jnp.array([False, True, False]))
+    state = arms.update(state, plan, outcome([3, 2, 2], [1, 1, 1], [False, True, False]))
     assert state.replacements.rejected.tolist() == [0, 1, 1]  # of looked-up drafts there is one
     assert state.replacements.replaced.tolist() == [0, 1, 0]
     sure_of_it = state._replace(replacements=Replacements(jnp.full(3, 1e6), jnp.full(3, 1e6)))
@@ -193,7 +198,8 @@ def test_chances_are_corrected_by_what_became_of_others():
     odds = offered / (1 - offered) / 4
     np.testing.assert_allclose(arms.look_chance(state, offered), odds / (1 + odds), rtol=1e-4)
     few = arms.init(1)._replace(look_tested=jnp.ones(1), look_hoped=jnp.full(1, 0.5), look_accepted=jnp.zeros(1))
-    np.testing.assert_allclose(arms.mean(few), LOOK_WEIGHT * LOOK_MEAN / (1 + LOOK_WEIGHT), rtol=1e-6)
+    expected = Posterior(alpha=[LOOK_WEIGHT * LOOK_MEAN], beta=[1 + LOOK_WEIGHT * (1 - LOOK_MEAN)])
+    np.testing.assert_allclose(arms.posterior(few), expected, rtol=1e-6)
     assert (arms.look_chance(few, offered) < offered).all()
     assert (arms.look_chance(few, offered) > arms.look_chance(state, offered)).all()
 
@@ -208,7 +214,8 @@ def test_where_lookup_helps_nobody_it_costs_nothing(vocabulary):
 
     def propose_alone(*row):
         """For one row as if it were decoded alone: in a batch all rows draft to one length."""
-        plan = arms.propose(jax.random.split(jax.random.key(0), 1), *jax.tree.map(lambda x: x[None], row))
+        state, running, found = jax.tree.map(lambda x: x[None], row)
+        plan = arms.propose(jax.random.split(jax.random.key(0), 1), state, Offer(running=running, found=found))
         return jax.tree.map(lambda x: x[0], plan)
 
     def one_round(carry):
@@ -219,7 +226,7 @@ def test_where_lookup_helps_nobody_it_costs_nothing(vocabulary):
         truth = jnp.take_along_axis(texts, length[:, None] + jnp.arange(most), axis=1)
         right = jnp.cumprod((truth == found.tokens) & (jnp.arange(most) < plan.look_up[:, None]), axis=1)
         accepted = right.sum(axis=1)
-        state = arms.update(state, plan, plan.look_up, accepted)
+        state = arms.update(state, plan, Outcome(drafted=plan.look_up, accepted=accepted, replaced=accepted < 0))
         return state, length + jnp.where(running, 1 + accepted, 0), seconds + jnp.where(running, cost[plan.look_up], 0.0)
 
     begin = arms.init(rows), jnp.full(rows, start), jnp.zeros(rows)

@@ -4,7 +4,9 @@ Each cell is a chi-square test of whole texts against their exact probabilities.
 """
 
 import dataclasses
+import functools
 import itertools
+import re
 import types
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -20,7 +22,9 @@ from scipy import stats
 from eesd_jax.config import DraftConfig
 from eesd_jax.decode import accept as verify
 from eesd_jax.decode import controllers, loop, sampling
+from eesd_jax.decode import draft as drafting
 from eesd_jax.decode import round as speculative
+from eesd_jax.decode.draft import Speculation
 from eesd_jax.decode.sampling import Sampling
 from eesd_jax.decode.sources import ngrams
 from eesd_jax.decode.sources.bandit import Arms
@@ -117,21 +121,27 @@ def draw_texts(
     length = jnp.array([len(PROMPTS[p]) for p, _ in cells], jnp.int32)
     settings = Sampling(*(jnp.array([SETTINGS[s][i] for _, s in cells], dtype) for i, dtype in enumerate((float, int, float, float))))
 
+    spec = Speculation(
+        config=CONFIG,
+        draft=draft,
+        controller=controller,
+        eos_ids=jnp.array([EOS], jnp.int32),
+        params=params,
+        branch=branch,
+        sampling=settings,
+        ngrams=table,
+    )
+
     # Arguments all: what a program holds as constants takes XLA far longer to compile.
     @jax.jit
-    def run(keys: jax.Array, params, branch, controller, table, prompts, length, settings) -> loop.DecodeState:
-        state, exits = loop.prefill(
-            CONFIG, params, branch, prompts, length, length + BUDGET, keys, exit_layer=draft.exit_layer, capacity=12, chunk=8
-        )
-        state = speculative.start_drafting(draft, branch, controller, state, exits)
+    def run(spec: Speculation, keys: jax.Array, prompts: jax.Array, length: jax.Array) -> loop.DecodeState:
+        model, exit_layer = (CONFIG, spec.params, spec.branch), draft.exit_layer
+        state, exits = loop.prefill(*model, prompts, length, length + BUDGET, keys, exit_layer=exit_layer, capacity=12, chunk=8)
+        state = speculative.start_drafting(draft, spec.branch, spec.controller, state, exits)
 
-        def step(state: loop.DecodeState) -> loop.DecodeState:
-            return speculative.round_step(CONFIG, draft, controller, jnp.array([EOS], jnp.int32), params, branch, settings, state, table)
+        return loop.decode(functools.partial(speculative.round_step, spec), state, jnp.int32(100))
 
-        return loop.decode(step, state, jnp.int32(100))
-
-    keys = jax.random.split(jax.random.key(0), len(cells))
-    state = run(keys, params, branch, controller, table, prompts, length, settings)
+    state = run(spec, jax.random.split(jax.random.key(0), len(cells)), prompts, length)
     tokens, ends = np.asarray(state.tokens), np.asarray(state.length)
     counts = {cell: Counter() for cell in cells[: len(PROMPTS) * len(SETTINGS)]}
     for i, cell in enumerate(cells):
@@ -213,7 +223,7 @@ def argmax_drafted_softmax_as_q(monkeypatch: pytest.MonkeyPatch) -> None:
     def draw(keys: jax.Array, logits: jax.Array, settings: Sampling) -> sampling.Draw:
         return sampling.Draw(jnp.argmax(logits, axis=1).astype(jnp.int32), sampling.probabilities(logits, sampling.warp(logits, settings)))
 
-    monkeypatch.setattr(speculative, "sample", draw)
+    monkeypatch.setattr(drafting, "sample", draw)
 
 
 def target_unwarped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,7 +252,8 @@ def position_off_by_one_after_the_first_round(monkeypatch: pytest.MonkeyPatch) -
     def forward(config, blocks, x, start, *rest):
         return llama.forward_blocks(config, blocks, x, jnp.where(start >= max(map(len, PROMPTS)), start + 1, start), *rest)
 
-    monkeypatch.setattr(speculative, "llama", types.SimpleNamespace(**vars(llama) | {"forward_blocks": forward}))
+    for module in (drafting, speculative):
+        monkeypatch.setattr(module, "llama", types.SimpleNamespace(**vars(llama) | {"forward_blocks": forward}))
 
 
 def accepted_where_p_is_at_least_half_of_q(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -263,7 +274,7 @@ def draft_ids_forgotten_in_the_residual(monkeypatch: pytest.MonkeyPatch) -> None
 def eos_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     round_step = speculative.round_step
     monkeypatch.setattr(
-        speculative, "round_step", lambda config, draft, controller, eos, *rest: round_step(config, draft, controller, eos[:0], *rest)
+        speculative, "round_step", lambda spec, state: round_step(dataclasses.replace(spec, eos_ids=spec.eos_ids[:0]), state)
     )
 
 
@@ -288,13 +299,13 @@ def candidates_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def others_with_the_first_ones_q(monkeypatch: pytest.MonkeyPatch) -> None:
-    draw = speculative._draw_candidates
+    draw = drafting._draw_candidates
 
     def patched(*args):
         first, *others = draw(*args)
         return [first, *(other._replace(probs=first.probs) for other in others)]
 
-    monkeypatch.setattr(speculative, "_draw_candidates", patched)
+    monkeypatch.setattr(drafting, "_draw_candidates", patched)
 
 
 def token_behind_the_draft_that_was_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -329,6 +340,11 @@ LAW_BUGS = [
     draft_ids_forgotten_in_the_residual,
     eos_not_cut,
 ]
+
+
+def test_the_argument_names_every_planted_bug():
+    argument = verify.__doc__.partition("Why the text")[2].partition("All in float32")[0]
+    assert set(re.findall(r"`(\w+)`", argument)) == {bug.__name__ for bug in (*LAW_BUGS, *LOOKUP_BUGS, *(bug for bug, _ in TREE_BUGS))}
 
 
 @pytest.mark.slow

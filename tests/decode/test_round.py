@@ -132,11 +132,11 @@ def assert_counts_agree(state: DecodeState, controller: Beta) -> None:
 
 
 def test_caches_stay_in_place(lm: Engine):
-    state, draft = lm.prefill(PROMPTS, [0] * 4, 4, BUDGET, BETA), lm.drafter.draft
-    settings, eos_ids = engine._sampling_arrays(SamplingConfig(), 4, None), np.zeros(1, np.int32)
-    lowered = engine._decode_speculative.lower(
-        lm.model.config, draft, BETA, eos_ids, lm.params, lm.branch, settings, state, np.int32(1), lm.ngrams
-    )
+    state, settings = lm.prefill(PROMPTS, [0] * 4, 4, BUDGET, BETA), engine._sampling_arrays(SamplingConfig(), 4, None)
+    lowered = engine._decode_speculative.lower(lm.speculation(BETA, settings), state, np.int32(1))
+    program = lowered.as_text(debug_info=True)
+    for part in ("draft", "draft/while/body/exit_branch", "verify", "accept", "commit", "learn"):
+        assert f"/{part}/" in program, part  # so profiles name the steps of a round
     caches = jax.tree.leaves((state.cache, state.draft.exit_cache))
     shapes = {str(list(leaf.shape)).replace(" ", "") for leaf in caches}
     program = lowered.compile()
@@ -334,9 +334,9 @@ def test_an_update_before_truncation_is_seen(plain_tokens: list[list[int]], monk
 def test_a_discarded_draft_is_seen(lm: Engine, monkeypatch: pytest.MonkeyPatch, fresh_programs):
     round_step = speculative.round_step
 
-    def patched(config, draft, controller, eos, params, branch, sampling, state, **more):
+    def patched(spec, state):
         # Drafts as if the budget were longer than it is, and commits what fits.
-        after = round_step(config, draft, controller, eos, params, branch, sampling, state._replace(limit=state.limit + 2), **more)
+        after = round_step(spec, state._replace(limit=state.limit + 2))
         length = jnp.minimum(after.length, state.limit)
         finish = jnp.where(length >= state.limit, speculative.LENGTH, after.finish)
         return after._replace(limit=state.limit, length=length, finish=finish)

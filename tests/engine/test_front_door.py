@@ -8,8 +8,7 @@ import tiny
 
 import eesd_jax
 from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError
-from eesd_jax.config import DraftConfig
-from eesd_jax.decode.control import parse_arms
+from eesd_jax.config import DraftConfig, parse_arms
 from eesd_jax.decode.controllers import Calibration
 from eesd_jax.engine import engine as front
 from eesd_jax.engine.drafter import Drafter

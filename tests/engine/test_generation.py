@@ -11,16 +11,17 @@ from eesd_jax.engine.generation import Generation, Rounds
 DRAFTED = (3, 2, 0, 4)
 ACCEPTED = (3, 1, 0, 2)
 COMMITTED = (4, 2, 1, 3)
-MEAN = (0.6, 0.7, 0.65, 0.65)
+ALPHA = (6.0, 7.0, 6.5, 6.5)  # of ten pseudo-counts
 TOTAL = sum(COMMITTED)
 
 
-def rounds(drafted=DRAFTED, accepted=ACCEPTED, committed=COMMITTED, mean=MEAN) -> Rounds:
-    return Rounds(np.array(drafted), np.array(accepted), np.array(committed), np.array(mean, float))
+def rounds(drafted=DRAFTED, accepted=ACCEPTED, committed=COMMITTED, alpha=ALPHA) -> Rounds:
+    alpha = np.array(alpha)
+    return Rounds(np.array(drafted), np.array(accepted), np.array(committed), alpha, 10 - alpha)
 
 
 def columns(log: Rounds) -> list[list]:
-    return [log.drafted.tolist(), log.accepted.tolist(), log.committed.tolist(), log.mean.tolist()]
+    return [log.drafted.tolist(), log.accepted.tolist(), log.committed.tolist(), log.alpha.tolist(), log.beta.tolist()]
 
 
 @pytest.mark.parametrize(
@@ -40,7 +41,13 @@ def columns(log: Rounds) -> list[list]:
 def test_cut_leaves_the_rounds_that_gave_the_tokens(num_tokens, accepted, committed, tested):
     cut = rounds().cut(num_tokens)
     size = len(accepted)
-    assert columns(cut) == [list(DRAFTED[:size]), list(accepted), list(committed), list(MEAN[:size])]
+    assert columns(cut) == [
+        list(DRAFTED[:size]),
+        list(accepted),
+        list(committed),
+        list(ALPHA[:size]),
+        [10 - alpha for alpha in ALPHA[:size]],
+    ]
     assert cut.committed.sum() == num_tokens
     assert cut.tested.tolist() == list(tested)
 
@@ -59,7 +66,7 @@ def test_cutting_twice_is_cutting_once(num_tokens):
 
 def test_a_text_that_ends_with_an_accepted_draft_leaves_those_behind_it_out():
     # EOS was the second of five drafts: the loop itself logged two accepted and two committed.
-    log = rounds((5,), (2,), (2,), (0.5,))
+    log = rounds((5,), (2,), (2,), (5.0,))
     assert log.tested.tolist() == [2]
     assert log.acceptance_by_position().tolist() == [1.0, 1.0]
 
@@ -79,7 +86,7 @@ def test_accepted_lengths_count_every_round():
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("log", [Rounds.plain(0), rounds().cut(0), Rounds.join([])], ids=["plain", "cut", "joined"])
 def test_no_rounds_have_no_statistics(log):
-    assert columns(log) == [[], [], [], []]
+    assert columns(log) == [[], [], [], [], []]
     assert log.acceptance_by_position().tolist() == []
     assert log.accepted_lengths().sum() == 0
     assert log.cut(0).tested.tolist() == []
@@ -95,7 +102,7 @@ def test_plain_decoding_is_a_round_a_token():
 
 
 def test_joined_statistics_are_those_of_all_rows():
-    parts = [rounds().cut(5), Rounds.plain(2), rounds((1,), (0,), (1,), (0.5,))]
+    parts = [rounds().cut(5), Rounds.plain(2), rounds((1,), (0,), (1,), (5.0,))]
     joined = Rounds.join(parts)
     assert joined.committed.sum() == sum(part.committed.sum() for part in parts)
     assert joined.tested.tolist() == [value for part in parts for value in part.tested.tolist()]
@@ -106,6 +113,14 @@ def test_rounds_survive_json():
     for log in (rounds(), Rounds.plain(2), Rounds.plain(0)):
         again = Rounds.from_json(json.loads(json.dumps(log.to_json(), allow_nan=False)))
         np.testing.assert_equal(columns(again), columns(log))
+
+
+def test_the_posterior_of_a_round_has_a_mean_and_a_band():
+    log = Rounds(*np.array([[1, 1, 0], [1, 0, 0], [2, 1, 1]]), alpha=np.array([1.0, 30.0, np.nan]), beta=np.array([1.0, 10.0, np.nan]))
+    np.testing.assert_allclose(log.mean, [0.5, 0.75, np.nan])
+    low, high = log.interval(0.8)
+    np.testing.assert_allclose(high - low, [0.8, 0.1738, np.nan], atol=1e-3)
+    assert low[1] < 0.75 < high[1]
 
 
 def test_a_generation_counts_after_truncation():

@@ -11,9 +11,8 @@ import pytest
 import tiny
 
 from eesd_jax import DecodeConfig, Engine, SamplingConfig, UserError
-from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DraftConfig
-from eesd_jax.decode.control import build_controller, parse_controller
-from eesd_jax.decode.controllers import Calibration, Controller, Fixed
+from eesd_jax.config import LONGEST_MATCH, DraftConfig
+from eesd_jax.decode.controllers import Calibration, Controller, Fixed, Setup, build_controller, parse_controller
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources import ngrams
 from eesd_jax.engine import engine as programs
@@ -62,7 +61,7 @@ def test_tokens_are_those_of_one_device(axes):
     # Counted in the very answers, so that lookup has something to go on with.
     table = ngrams.build([prompt + answer for prompt, answer in zip(PROMPTS, expected, strict=True)], 2**12)
     many = make_engine(axes, longest_match=LONGEST_MATCH, table=table)
-    both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, has_lookup=True)
+    both = build_controller(parse_controller("cost_aware", 2), Setup(calibration=Calibration(), costs=costs, has_lookup=True))
     for controller in (None, both):
         found = many.generate_ids(PROMPTS, seeds=[0, 1], controller=controller)
         assert [generation.token_ids for generation in found] == expected
@@ -91,7 +90,7 @@ def test_a_table_of_ngrams_drafts_on_a_mesh_what_it_drafts_on_one_device(axes):
     logs = []
     for where in ({}, axes):
         engine = make_engine(where, longest_match=LONGEST_MATCH, table=table)
-        both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, has_lookup=True)
+        both = build_controller(parse_controller("cost_aware", 2), Setup(calibration=Calibration(), costs=costs, has_lookup=True))
         found = engine.generate_ids(PROMPTS, seeds=[0, 1], controller=both)
         assert [generation.token_ids for generation in found] == expected
         logs.append([(generation.drafted, generation.accepted) for generation in found])
@@ -104,11 +103,9 @@ def test_a_table_of_ngrams_drafts_on_a_mesh_what_it_drafts_on_one_device(axes):
 def lower(engine: Engine, controller: Controller | None, state: object) -> jax.stages.Lowered:
     """The loop that decodes, lowered."""
     settings = programs._sampling_arrays(SamplingConfig(), 2, engine.rows_home)
-    model, no_eos, rest = engine.model, jnp.zeros(1, jnp.int32), (settings, state, jnp.int32(4))
     if controller is None:
-        return programs._decode_plain.lower(model.config, no_eos, engine.params, *rest)
-    weights, draft = (engine.params, engine.branch), engine.drafter.draft
-    return programs._decode_speculative.lower(model.config, draft, controller, no_eos, *weights, *rest)
+        return programs._decode_plain.lower(engine.model.config, jnp.zeros(1, jnp.int32), engine.params, settings, state, jnp.int32(4))
+    return programs._decode_speculative.lower(engine.speculation(controller, settings), state, jnp.int32(4))
 
 
 def decode_program(engine: Engine, controller: Controller | None) -> tuple[str, object]:

@@ -75,6 +75,25 @@ def test_an_untrained_branch_is_used_when_asked_for(run, models, branches):
     assert re.search(r"tokens/s; \d+ rounds, \d\.\d\d tokens per round, (\d+) of \1 drafts accepted \(100%\); first token", beta.err)
 
 
+OWN = """
+import eesd_jax
+
+class Most(eesd_jax.Controller):
+    def keep_drafting(self, keys_B, plan, k, confidence_B):
+        return confidence_B >= 0, plan
+"""
+
+
+def test_a_controller_of_ones_own_has_a_name(run, models, branches):
+    pathlib.Path("own.py").write_text(OWN)
+    arguments = [*speculating(models, branches["good"]), "--prompt=hello"]
+    plain, own = run(*arguments, "--controller=plain"), run(*arguments, "--controller=own.py:Most")
+    assert own.out == plain.out
+    assert re.search(r" (\d+) of \1 drafts accepted \(100%\)", own.err)
+    assert_refused(run(*arguments, "--controller=own.py:Least"), "--controller", "'own.py:Least'", "eesd_jax.Controller")
+    assert_refused(run(*arguments, "--controller=none.py:Most"), "--controller", "cannot read 'none.py'")
+
+
 def test_lookup_drafts_without_a_branch_and_changes_no_answer(run, models):
     arguments = [f"--model={models['whole']}", "--arms=lookup", "--max_draft=2", "--max_new_tokens=24", "--prompt=the fox the fox the fox"]
     plain, drafted, default = (run(*arguments, f"--controller={name}") for name in ("plain", "fixed:2", "cost_aware"))

@@ -15,9 +15,8 @@ from jax.sharding import PartitionSpec
 
 import eesd_jax
 from eesd_jax import Engine, UserError
-from eesd_jax.config import LONGEST_MATCH, ControllerConfig, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig
-from eesd_jax.decode.control import build_controller, parse_controller
-from eesd_jax.decode.controllers import Calibration, Controller
+from eesd_jax.config import LONGEST_MATCH, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig
+from eesd_jax.decode.controllers import Calibration, Controller, Setup, build_controller, parse_controller
 from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.scheduler import Refiller, Request
@@ -186,7 +185,7 @@ def texts(engine: Engine, controller: Controller | None = None) -> list[list[int
 def test_greedy_speculation_says_what_the_quantised_model_says(kind):
     """By the kernels of a CPU, by XLA, and on a mesh; and that is not what the model says as it is."""
     costs = RoundCosts(exit=(1.0, 1.0, 1.0), look_up=(1.0, 1.0, 1.0))  # not those of this machine, which depend on what else it does
-    both = build_controller(parse_controller("cost_aware", 2), ControllerConfig(), Calibration(), costs, has_lookup=True)
+    both = build_controller(parse_controller("cost_aware", 2), Setup(calibration=Calibration(), costs=costs, has_lookup=True))
     plain = texts(make_engine(kind))
     assert texts(make_engine(kind), both) == plain
     assert texts(make_engine(kind, coded=False), both) == plain

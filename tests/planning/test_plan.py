@@ -20,8 +20,7 @@ from experiments import make_config, write_dataset
 
 from eesd_jax.cluster.hardware import Chip
 from eesd_jax.config import DecodeConfig, DraftConfig, MeshConfig
-from eesd_jax.decode import control
-from eesd_jax.decode.controllers import Calibration
+from eesd_jax.decode.controllers import Calibration, parse_controller
 from eesd_jax.distill import experiment, layout, trainer
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
@@ -98,7 +97,7 @@ def engine() -> Engine:
 
 
 def test_decode_programs_are_the_engines(engine, tmp_path):
-    shape = programs.DecodeShape(2, 9, 20, 3, control.parse_controller("beta", 3))
+    shape = programs.DecodeShape(2, 9, 20, 3, parse_controller("beta", 3))
     config = small(tmp_path)
     prefill, plain, eesd_round = programs.compile_decode(config, engine.model.config, jax.devices(), shape)
     assert [prefill.name, plain.name, eesd_round.name] == ["prefill", "plain step", "EESD round"]
@@ -118,7 +117,7 @@ def test_decode_programs_are_the_engines(engine, tmp_path):
 
 
 def decode_shape(batch: int = 2) -> programs.DecodeShape:
-    return programs.DecodeShape(batch, 9, 20, 3, control.parse_controller("beta", 3))
+    return programs.DecodeShape(batch, 9, 20, 3, parse_controller("beta", 3))
 
 
 def test_a_step_reads_weights_and_caches_once(tmp_path):
