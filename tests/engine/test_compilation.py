@@ -72,6 +72,7 @@ def test_one_compilation_for_each_controller(lm: Engine):
     assert counts["start_drafting"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lm", [None], indirect=True, ids=["one device"])
 def test_another_bucket_and_another_batch_are_other_programs(lm: Engine):
     with compiled.programs() as counts:
