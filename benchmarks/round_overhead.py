@@ -37,6 +37,7 @@ from eesd_jax.config import DecodeConfig, DraftConfig, SamplingConfig
 from eesd_jax.decode import accept
 from eesd_jax.decode.controllers import Calibration, Controller, Fixed, Offer, Outcome, Posterior, Setup, build_controller, parse_controller
 from eesd_jax.decode.costs import RoundCosts
+from eesd_jax.decode.draft import split_keys
 from eesd_jax.decode.sampling import Sampling, sample
 from eesd_jax.decode.state import DecodeState
 from eesd_jax.engine import timing
@@ -147,7 +148,8 @@ class Parts:
         probs = jnp.zeros((batch, width - 1, branch.draft_ids.size), jnp.float32)
         others = accept.empty_others(batch, width - 1, 0, branch.draft_ids.size)
         drafts = accept.Drafts(none, jnp.full(batch, width - 1), none, probs, jnp.zeros(batch, bool), others)
-        verdict = accept.accept(state.row_keys, drafts, branch.draft_ids, llama.logits(self.config, params, x), self.sampling)
+        keys = split_keys(state, width - 1).verify
+        verdict = accept.accept(keys, drafts, branch.draft_ids, llama.logits(self.config, params, x), self.sampling)
         late = kv.write(kv.KVCache(cache.k[depth:], cache.v[depth:]), new, start_B, after=x)
         exit_cache = kv.write(state.draft.exit_cache, new_exit, start_B, after=x)
         length = wait_for(state.length, verdict.token.astype(jnp.float32))

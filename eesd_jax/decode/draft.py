@@ -56,13 +56,16 @@ class Speculation:
         return draft_vocab(self.branch)
 
 
+_OF_ROUNDS = 2**32 - 1  # a place that no text has
+
+
 class Keys(NamedTuple):
-    """PRNG keys [B] of one round: for the controller's plan and its decisions, for drafts, and for verification."""
+    """PRNG keys of one round: for the controller's plan and its decisions, for drafts, [B] each, and for verification."""
 
     plan: jax.Array
     decide: jax.Array
     draw: jax.Array
-    verify: jax.Array
+    verify: accept.Keys
 
 
 class _Begun(NamedTuple):
@@ -99,13 +102,18 @@ class Drafted(NamedTuple):
     deep: jax.Array | None
 
 
-def split_keys(state: DecodeState) -> Keys:
-    """Derives the keys of a round."""
-    # A row's length grows every round, so no key is used twice, and none depends on the other rows.
-    round_keys = jax.vmap(jax.random.fold_in)(state.row_keys, state.length)
-    draft_keys, verify_keys = jax.vmap(jax.random.split, out_axes=1)(round_keys)
+def split_keys(state: DecodeState, max_draft: int) -> Keys:
+    """Derives the keys of a round; none depends on the other rows.
+
+    The target's own draws have the keys of plain decoding, one for each place of the text. All else has keys of the round, of which none
+    is used twice because a row's length grows every round.
+    """
+    fold = jax.vmap(jax.random.fold_in)
+    text_keys = jax.vmap(fold, (None, 1), 1)(state.row_keys, state.length[:, None] + jnp.arange(max_draft + 1))
+    round_keys = fold(fold(state.row_keys, jnp.full(state.length.shape, _OF_ROUNDS, jnp.uint32)), state.length)
+    draft_keys, judge_keys = jax.vmap(jax.random.split, out_axes=1)(round_keys)
     decide_keys, draw_keys, plan_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(draft_keys)
-    return Keys(plan=plan_keys, decide=decide_keys, draw=draw_keys, verify=verify_keys)
+    return Keys(plan=plan_keys, decide=decide_keys, draw=draw_keys, verify=accept.Keys(judge=judge_keys, text=text_keys))
 
 
 @jax.named_scope("draft")

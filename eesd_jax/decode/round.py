@@ -109,7 +109,7 @@ def round_step(spec: Speculation, state: DecodeState) -> DecodeState:
       spec: what does not change.
       state: with `state.draft` (see `start_drafting`); capacity at least limit + max_draft + 1.
     """
-    keys = split_keys(state)
+    keys = split_keys(state, spec.draft.max_draft)
     drafted = draft(spec, state, keys)
 
     def at_width(width: int) -> _Accepted:

@@ -162,6 +162,27 @@ def pick(keys_B: jax.Array, probs_BxV: jax.Array) -> jax.Array:
     return block * _BLOCK + _reach(inside, u - before)
 
 
+def draw(keys: jax.Array, logits: jax.Array, warped: Warped) -> jax.Array:
+    """Draws a token of each distribution as `pick` does of one that is written down, int32 [...]; here none is.
+
+    Args:
+      keys: PRNG keys [...], used once.
+      logits: float32 [..., V].
+    """
+    shape, vocabulary = keys.shape, logits.shape[-1]
+    logits = logits.reshape(-1, vocabulary)
+    temperature, top, floor, _, only = jax.tree.map(jnp.ravel, warped)
+    padded = jnp.pad(logits, ((0, 0), (0, -vocabulary % _BLOCK)), constant_values=-jnp.inf)
+    blocks = padded.reshape(logits.shape[0], -1, _BLOCK)
+    sums = jnp.sum(_weights(blocks, *(setting[:, None] for setting in (temperature, top, floor))), axis=2)
+    u = jax.vmap(jax.random.uniform)(keys.ravel()) * jnp.sum(sums, axis=1)
+    block = _reach(sums, u)
+    before = jnp.sum(jnp.where(jnp.arange(sums.shape[1]) < block[:, None], sums, 0), axis=1)
+    inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]  # [N, _BLOCK]
+    token = block * _BLOCK + _reach(_weights(inside, temperature, top, floor), u - before)
+    return jnp.where(only < 0, token, only).reshape(shape)
+
+
 def sample(keys_B: jax.Array, logits_BxV: jax.Array, sampling: Sampling) -> Draw:
     """Draws one token a row, and returns the distribution it was drawn from.
 

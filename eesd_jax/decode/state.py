@@ -66,7 +66,8 @@ class DecodeState(NamedTuple):
     length: int32 [B], committed tokens of each row.
     limit: int32 [B], the length at which a row's budget is used up.
     finish: int32 [B], RUNNING, or why the row ended: EOS, LENGTH, or STOPPED from outside.
-    row_keys: PRNG keys [B]; what a step draws comes from `fold_in(row_key, length)`, so a row's samples depend on nothing but the row.
+    row_keys: PRNG keys [B]; what the target draws for a place of the text comes from
+      `fold_in(row_key, place)`; what a round draws beside that from keys of the row and the round.
     cache: keys and values of the target's blocks, capacity S.
     draft: what speculation adds; None in plain decoding.
     """

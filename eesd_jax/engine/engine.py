@@ -276,7 +276,9 @@ class Engine:
 
         Args:
           prompts: token ids of each row.
-          seeds: one a row, any integers; what a row draws depends on its seed and its prompt, not on its batch.
+          seeds: one a row, any integers. What a row draws depends on its seed and its prompt alone in plain decoding and where only lookup
+            drafts; with a branch also on what is drafted, which depends on the other rows with all controllers but `fixed:K` (and, where
+            only the branch drafts, `threshold:t`, `beta` and `calibrated`). The law is the same in any case. See docs/decoder.md.
           stop: texts that end an answer; they are cut off. A text is one of them.
           sampling (SamplingConfig): how tokens are drawn, for all rows; greedy by default.
           temperature, top_k, top_p, min_p: fields of `sampling`, one by one.

@@ -242,7 +242,7 @@ def bonus_from_q(monkeypatch: pytest.MonkeyPatch) -> None:
         verdict = accept(keys, drafts, draft_ids, *rest)
         last = jnp.maximum(drafts.count - 1, 0)
         q = jnp.take_along_axis(drafts.probs, last[:, None, None], axis=1)[:, 0]
-        bonus = draft_ids[jax.vmap(jax.random.categorical)(keys, jnp.log(q))]
+        bonus = draft_ids[jax.vmap(jax.random.categorical)(keys.judge, jnp.log(q))]
         return verdict._replace(token=jnp.where((verdict.accepted == drafts.count) & (drafts.count > 0), bonus, verdict.token))
 
     monkeypatch.setattr(verify, "accept_sampled", patched)
@@ -290,8 +290,13 @@ def looked_up_drafts_accepted_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(verify, "_leading", lambda accept: jnp.maximum(probability(accept), 1) if accept.shape[1] else probability(accept))
 
 
-def rejected_lookup_left_in_the_residual(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_residual", lambda p, q: p)
+def rejected_lookup_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = verify._own_draws
+
+    def patched(keys: verify.Keys, *rest) -> jax.Array:
+        return own(keys._replace(text=jax.vmap(jax.vmap(jax.random.fold_in, (0, None)), (0, None))(keys.text, 1)), *rest)
+
+    monkeypatch.setattr(verify, "_own_draws", patched)
 
 
 def candidates_that_see_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,7 +332,7 @@ TREE_BUGS = [
     (token_behind_the_draft_that_was_replaced, 0.1),
     (residual_of_p, 1.0),
 ]
-LOOKUP_BUGS = [looked_up_drafts_taken_for_drawn_ones, looked_up_drafts_accepted_unseen, rejected_lookup_left_in_the_residual]
+LOOKUP_BUGS = [looked_up_drafts_taken_for_drawn_ones, looked_up_drafts_accepted_unseen, rejected_lookup_drawn_again]
 LAW_BUGS = [
     wrong_q,
     argmax_drafted_softmax_as_q,

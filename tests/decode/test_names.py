@@ -82,7 +82,8 @@ def test_controllers_are_built_with_their_settings():
         assert build_controller(spec, setup) == controller
         # With lookup they draft where it does not; plain stays plain.
         both = build_controller(spec, setup._replace(has_lookup=True))
-        assert both == (controller and Arms(controller, costs.exit, costs.look_up, **prior))
+        fixed = 2 if name == "fixed:2" else None  # which has nothing to choose
+        assert both == (controller and Arms(controller, costs.exit, costs.look_up, **prior, fixed=fixed))
 
 
 def test_controllers_without_a_branch():

@@ -10,6 +10,7 @@ import re
 import sys
 from typing import Any, NamedTuple
 
+from eesd_jax.decode.controllers.fixed import Fixed
 from eesd_jax.decode.controllers.protocol import REGISTRY, USAGES, Controller, Setup
 from eesd_jax.errors import UserError
 
@@ -72,7 +73,8 @@ def with_sources(controller: Controller, setup: Setup) -> Controller:
 
 def needs_costs(controller: type[Controller] | Controller, *, has_branch: bool, has_lookup: bool) -> bool:
     """Whether such a controller is built from measured costs; so is the bandit's choice between two sources."""
-    return controller.needs_costs or (has_branch and has_lookup and not controller.chooses_source)
+    chooses = has_branch and has_lookup and not (controller.chooses_source or isinstance(controller, Fixed) or controller is Fixed)
+    return controller.needs_costs or chooses
 
 
 def _class_of_file(path: str, name: str) -> type[Controller]:

@@ -109,7 +109,7 @@ class Arms(Controller):
     def over(cls, controller: Controller, setup: Setup) -> "Arms":
         """Puts the bandit before the controller of the exit branch.
 
-        Without a branch a fixed length is that of looked-up drafts; of other controllers nothing is left.
+        A fixed length is that of looked-up drafts, too. Without a branch, of other controllers nothing is left.
         """
         costs = setup.costs or RoundCosts((), ())
         return cls(
@@ -117,7 +117,7 @@ class Arms(Controller):
             exit_cost=costs.exit,
             look_cost=costs.look_up,
             **setup.prior,
-            fixed=controller.length if isinstance(controller, Fixed) and not setup.has_branch else None,
+            fixed=controller.length if isinstance(controller, Fixed) else None,
             candidates=setup.candidates,
         )
 
@@ -146,7 +146,8 @@ class Arms(Controller):
         inner = None if self.inner is None else self.inner.propose(inner_keys, state.inner, Offer(running=offer.running))
         if self.fixed is not None:
             count = jnp.where(offer.running, jnp.minimum(offer.found.count, self.fixed), 0)
-            plan = ArmsPlan(look_up=count, branch=jnp.zeros(count.shape, bool), chance=offer.found.chance, inner=inner)
+            branch = offer.running & (count == 0) & (self.fixed > 0) & (self.inner is not None)
+            plan = ArmsPlan(look_up=count, branch=branch, chance=offer.found.chance, inner=inner)
         else:
             looks = self._tokens_of_lookup(state, offer)
             exits = self._tokens_of_branch(exit_keys, first_keys, state, inner)
