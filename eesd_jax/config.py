@@ -240,10 +240,11 @@ class RefillConfig:
 class DataConfig:
     """What a training step reads (`distill/data.py`).
 
-    path: a folder written by self-generation, or a JSONL file of chats (`messages`); empty for OUTPUT_DIR/dataset.
+    path: a folder written by self-generation, or a JSONL file of chats (`messages`), or several of them with commas between; empty for
+    OUTPUT_DIR/dataset.
     sequence_length: tokens of a training row; longer examples are cut. pack: several examples to a row, told apart by segment ids.
     validation_share: held out of a JSONL file of chats (a dataset has a split of its own).
-    max_examples: use only the first so many; 0 for all.
+    max_examples: use only the first so many of each; 0 for all.
     """
 
     path: str = ""
@@ -323,7 +324,8 @@ class BranchConfig:
     exit_layer: N; 0 only with deep_input. start: see `init_exit_branch`. deep_input: whether it also reads the target's last hidden state
     of the token before. draft_vocab: tokens that it can draft, the most frequent ones of the training responses; 0 for all. train_head:
     whether its LM head is trained, or stays the target's. save_dtype: in which the result is written; int8 is of matrices, and read as such
-    on CPUs.
+    on CPUs. init_from: a branch to go on from instead of `start`, as for --exit_branch: a folder, a hub id, or `demo`; its draft vocabulary
+    stays, and it may have stood behind another block.
     """
 
     exit_layer: int = 0
@@ -332,6 +334,7 @@ class BranchConfig:
     draft_vocab: int = 0
     train_head: bool = False
     save_dtype: str = "float32"
+    init_from: str = ""
 
     def __post_init__(self):
         if self.save_dtype not in ("float32", "float16", "bfloat16", "int8"):

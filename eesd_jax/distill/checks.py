@@ -60,6 +60,16 @@ def check_against_model(config: ExperimentConfig, model_config: ModelConfig) -> 
         check_cache(config, vocab_size)
 
 
+def check_given_branch(config: ExperimentConfig, branch: exit_branch.ExitBranch) -> None:
+    """Raises UserError where training cannot go on from that branch with these settings."""
+    ours, deep, size = config.branch, branch.fusion is not None, branch.draft_ids.size
+    if ours.deep_input != deep or ours.draft_vocab not in (0, size):
+        raise UserError(
+            f"branch.init_from is {ours.init_from!r}, which has deep_input {deep} and a draft_vocab of {size}, and branch.deep_input is "
+            f"{ours.deep_input}, branch.draft_vocab {ours.draft_vocab}; expected the same (for draft_vocab 0 will do)"
+        )
+
+
 def check_cache(config: ExperimentConfig, vocab_size: int) -> None:
     """Raises UserError for a loss that needs more of the target's distribution than the cache keeps."""
     kept = config.cache.top_tokens
@@ -87,6 +97,7 @@ def comparable(config: ExperimentConfig) -> dict[str, Any]:
                 yield path, value
 
     fields = dict(flatten(experiment.to_dict(config), ""))
-    if config.quantize == NOT_QUANTIZED:
-        del fields["quantize"]  # so that runs that were begun before there was this field go on
+    for name, without in (("quantize", NOT_QUANTIZED), ("branch.init_from", "")):
+        if fields[name] == without:
+            del fields[name]  # so that runs that were begun before there was this field go on
     return fields

@@ -97,6 +97,11 @@ class Rows(Sequence[Batch]):
         self._plan = [kept[row] for row in self._plan]
         self._widths = np.array([lengths[row].sum() for row in self._plan], np.int32)
 
+    @property
+    def parts(self) -> "tuple[Rows, ...]":
+        """As of `JoinedRows`: itself."""
+        return (self,)
+
     def __len__(self) -> int:
         return len(self._plan)
 
@@ -125,6 +130,51 @@ class Rows(Sequence[Batch]):
             return length
         longest = int(self._widths[indices].max())
         return next(size for size in (-(-length // parts) for parts in _BUCKETS) if size >= longest)
+
+
+class Chain(Sequence[Any]):
+    """Several sequences, one after the other."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]):
+        self.parts = parts
+        self.ends = np.cumsum([len(part) for part in parts])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def place(self, index: int) -> tuple[int, int]:
+        """Which part an index lies in, and where in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        part = int(np.searchsorted(self.ends, index, side="right"))
+        return part, index - int(self.ends[part]) + len(self.parts[part])
+
+    def __getitem__(self, index: int) -> Any:
+        part, here = self.place(index)
+        return self.parts[part][here]
+
+
+class JoinedRows(Chain):
+    """The rows of several datasets, each packed by itself, so that what is known of a dataset's rows holds wherever it is read.
+
+    Attributes: those of `Rows`, of all of them together; parts: the rows of each.
+    """
+
+    def __init__(self, parts: Sequence[Rows]):
+        super().__init__(parts)
+        self.examples = Chain([part.examples for part in parts])
+        self.num_tokens = sum(part.num_tokens for part in parts)
+        self.num_response_tokens = sum(part.num_response_tokens for part in parts)
+        self.num_dropped = sum(part.num_dropped for part in parts)
+        self.fingerprint = hashlib.sha256("".join(part.fingerprint for part in parts).encode()).hexdigest()
+
+    def __getitem__(self, index: int) -> Batch:
+        return super().__getitem__(index)._replace(row=np.int32(index))
+
+    def width(self, indices: np.ndarray) -> int:
+        """As of `Rows`: enough for every part."""
+        places = [self.place(int(index)) for index in indices]
+        return max(self.parts[part].width(np.array([here])) for part, here in places)
 
 
 class _First(Sequence[Example]):
@@ -171,7 +221,12 @@ def pack(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     return bins
 
 
-def open_split(config: DataConfig, default_path: epath.PathLike, split: str, model: ex.Target) -> Rows:
+def paths_of(config: DataConfig, default_path: epath.PathLike) -> list[str]:
+    """The addresses of the data: one or several, with commas between them."""
+    return (config.path or str(default_path)).split(",")
+
+
+def open_split(config: DataConfig, default_path: epath.PathLike, split: str, model: ex.Target) -> Rows | JoinedRows:
     """The rows of a split; none where the split has no examples.
 
     Args:
@@ -185,10 +240,11 @@ def open_split(config: DataConfig, default_path: epath.PathLike, split: str, mod
     """
     if not 0 <= config.validation_share < 1:
         raise UserError(f"data.validation_share is {config.validation_share}; expected a number in [0, 1)")
-    return Rows(ex.open_source(config.path or str(default_path), split, model, config.validation_share), config, model)
+    parts = [Rows(ex.open_source(path, split, model, config.validation_share), config, model) for path in paths_of(config, default_path)]
+    return parts[0] if len(parts) == 1 else JoinedRows(parts)
 
 
-def make_loader(rows: Rows, batch_size: int, seed: int, process_index: int, process_count: int) -> grain.DatasetIterator:
+def make_loader(rows: Rows | JoinedRows, batch_size: int, seed: int, process_index: int, process_count: int) -> grain.DatasetIterator:
     """An endless iterator of this process's rows of every global batch, with `get_state` and `set_state` (JSON).
 
     Every epoch is a new shuffle of all rows. Epochs follow without a gap, so a batch may hold rows of two, and where there are fewer rows
@@ -221,7 +277,7 @@ def make_loader(rows: Rows, batch_size: int, seed: int, process_index: int, proc
     return iter(indices.map(read).to_iter_dataset(_READING))
 
 
-def token_counts(rows: Rows, vocab_size: int) -> np.ndarray:
+def token_counts(rows: Rows | JoinedRows, vocab_size: int) -> np.ndarray:
     """How often each token is to be predicted: int64 [V], over all positions of the rows that a loss is taken at."""
     counts = np.zeros(vocab_size, np.int64)
     for row in rows:

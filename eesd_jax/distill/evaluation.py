@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from eesd_jax.config import DecodeConfig, DraftConfig, ExperimentConfig
 from eesd_jax.decode.controllers import Calibration, Fixed
 from eesd_jax.distill import loss, step, teacher
-from eesd_jax.distill.data import Batch, Rows
+from eesd_jax.distill.data import Batch, JoinedRows, Rows
 from eesd_jax.distill.layout import Layout
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
@@ -39,8 +39,8 @@ class Evaluation(NamedTuple):
     step_config: step.StepConfig
     frozen: step.Frozen
     layout: Layout
-    held_out: Rows
-    cache: teacher.FeatureCache | None
+    held_out: Rows | JoinedRows
+    cache: teacher.FeatureCache | teacher.JoinedCache | None
     tokenizer: PreTrainedTokenizerBase
     eos_ids: tuple[int, ...]
 

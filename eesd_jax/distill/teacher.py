@@ -244,3 +244,21 @@ class FeatureCache:
         if get["ids"].size and not 0 <= get["ids"].min() <= get["ids"].max() < self._vocab_size:
             raise self._damaged(f"ids.npy has ids outside of the vocabulary, 0 to {self._vocab_size - 1}")
         return Features(get["hidden"], get.get("last"), TopTokens(get["ids"], get["log_probs"].astype(np.float32)))
+
+
+class JoinedCache(NamedTuple):
+    """The features of `JoinedRows`. ends: int [P], rows of all parts up to each. parts: the cache of each."""
+
+    ends: np.ndarray
+    parts: tuple[FeatureCache, ...]
+
+    @property
+    def complete(self) -> bool:
+        return all(part.complete for part in self.parts)
+
+    def read(self, rows: np.ndarray, width: int) -> Features:
+        """As of a `FeatureCache`."""
+        chosen = np.searchsorted(self.ends, rows, side="right")
+        starts = np.concatenate([[0], self.ends])
+        found = [self.parts[part].read(np.array([row - starts[part]]), width) for part, row in zip(chosen, rows, strict=True)]
+        return jax.tree.map(lambda *leaves: np.concatenate(leaves), *found)

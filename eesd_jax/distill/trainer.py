@@ -26,7 +26,7 @@ from eesd_jax.cluster.hardware import find_chip
 from eesd_jax.cluster.processes import check_shared
 from eesd_jax.config import ExperimentConfig
 from eesd_jax.distill import data, step, teacher
-from eesd_jax.distill.checks import check_against_model, check_config, comparable, find
+from eesd_jax.distill.checks import check_against_model, check_config, check_given_branch, comparable, find
 from eesd_jax.distill.data import Batch
 from eesd_jax.distill.evaluation import Evaluation, on_every_host
 from eesd_jax.distill.layout import Layout, make_layout
@@ -62,9 +62,11 @@ def train(config: ExperimentConfig) -> Result:
     exported = output / "exit_branch" / branch_folder.INFO_NAME
     if exported.exists():
         return _finished(config, output, exported)
-    dataset = config.data.path or os.fspath(output / "dataset")
-    if not find(dataset, "data.path").exists():  # before the model, which can take minutes
-        raise UserError(f"dataset {dataset!r}: no such folder; expected what train/self_generate.py writes, or a JSONL file of chats")
+    for dataset in data.paths_of(config.data, os.fspath(output / "dataset")):
+        if not find(dataset, "data.path").exists():  # before the model, which can take minutes
+            raise UserError(f"dataset {dataset!r}: no such folder; expected what train/self_generate.py writes, or a JSONL file of chats")
+    if config.branch.init_from:
+        branch_folder.BranchFolder(branch_folder.find_branch(config.branch.init_from))
     dtype = config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
     return Run(config, output, layout, load_model(config.model, jnp.dtype(dtype), layout.mesh, config.quantize)).train()
 
@@ -111,6 +113,7 @@ class Run:
         self.fingerprint = branch_folder.fingerprint(model.params)
         self.step_config = step.StepConfig.of(config, model.config, layout)
         branch = self._new_branch(model)
+        given = {"branch.init_fingerprint": branch_folder.fingerprint(branch._asdict())} if config.branch.init_from else {}
         self.initial = step.init_state(self.step_config, branch, train_head=config.branch.train_head)
         self.token_flops = step.position_flops(
             model.config,
@@ -130,10 +133,15 @@ class Run:
             "model.fingerprint": self.fingerprint,
             "model.dtype": dtype,
             "data.fingerprint": self.rows.fingerprint,
+            **given,
         }
 
     def _new_branch(self, model: LoadedModel) -> exit_branch.ExitBranch:
         config = self.config.branch
+        if config.init_from:
+            branch = branch_folder.load_branch(config.init_from, model.config, model.params, self.layout.mesh).branch
+            check_given_branch(self.config, branch)
+            return branch
         draft_ids = None
         if config.draft_vocab:
             counts = data.token_counts(self.rows, model.config.vocab_size)
@@ -177,7 +185,7 @@ class Run:
         state: step.TrainState,
         evaluated: bool,
         loader: grain.DatasetIterator,
-        cache: teacher.FeatureCache | None,
+        cache: teacher.FeatureCache | teacher.JoinedCache | None,
         evaluation: Evaluation,
         checkpoints: Checkpoints,
         monitor: Monitor,
@@ -243,7 +251,9 @@ class Run:
             )
         monitor.step(pending.step, values, pending.tokens, self.token_flops, self.peak_flops)
 
-    def read_ahead(self, loader: grain.DatasetIterator, cache: teacher.FeatureCache | None, count: int) -> Iterator[Input]:
+    def read_ahead(
+        self, loader: grain.DatasetIterator, cache: teacher.FeatureCache | teacher.JoinedCache | None, count: int
+    ) -> Iterator[Input]:
         """The next `count` inputs, each read and placed while the step before runs."""
 
         def read() -> Input:
@@ -259,7 +269,7 @@ class Run:
                 upcoming = reader.submit(read) if left else None
                 yield item
 
-    def fill_caches(self, monitor: Monitor) -> dict[str, teacher.FeatureCache]:
+    def fill_caches(self, monitor: Monitor) -> dict[str, teacher.FeatureCache | teacher.JoinedCache]:
         """The features of both splits, from disk as far as they are there."""
         config = self.config
         folder = pathlib.Path(config.cache.path or os.fspath(self.output / "cache")).expanduser()
@@ -271,20 +281,27 @@ class Run:
 
         caches = {}
         for name, rows in (("train", self.rows), ("validation", self.held_out)):
-            provenance = {
-                "model": self.fingerprint,
-                "data": rows.fingerprint,
-                "exit_layer": config.branch.exit_layer,
-                "dtype": config.cache.dtype,
-                "computed_in": self.identity["model.dtype"],
-            }
-            cache = teacher.FeatureCache(
-                folder / name, provenance, len(rows), length, self.model_config, top=config.cache.top_tokens, last=self._needs_last
-            )
-            caches[name] = cache
-            if not cache.complete:
-                monitor.follow(f"caching {name}", cache.fill(rows, config.batch_size, run), len(rows), cache.rows, length)
+            found = []
+            for part in rows.parts:
+                # Of several datasets each has a folder of its own, which other experiments on the same text find, too.
+                home = folder if len(rows.parts) == 1 else folder / part.fingerprint[:16]
+                found.append(self._open_cache(home / name, part))
+                if not found[-1].complete:
+                    monitor.follow(f"caching {name}", found[-1].fill(part, config.batch_size, run), len(part), found[-1].rows, length)
+            caches[name] = found[0] if len(found) == 1 else teacher.JoinedCache(rows.ends, tuple(found))
         return caches
+
+    def _open_cache(self, folder: pathlib.Path, rows: data.Rows) -> teacher.FeatureCache:
+        config = self.config
+        provenance = {
+            "model": self.fingerprint,
+            "data": rows.fingerprint,
+            "exit_layer": config.branch.exit_layer,
+            "dtype": config.cache.dtype,
+            "computed_in": self.identity["model.dtype"],
+        }
+        shape = len(rows), config.data.sequence_length, self.model_config
+        return teacher.FeatureCache(folder, provenance, *shape, top=config.cache.top_tokens, last=self._needs_last)
 
     @property
     def _needs_last(self) -> bool:

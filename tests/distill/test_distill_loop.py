@@ -26,7 +26,7 @@ from eesd_jax.errors import UserError
 from eesd_jax.model import exit_branch
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.checkpoint import Checkpoints
-from eesd_jax.weights.load import load_model
+from eesd_jax.weights.load import load_model, load_text
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +74,62 @@ def test_from_a_cache_of_all_tokens_training_is_that_online(config, on_one_devic
 def fill(config: ExperimentConfig) -> dict[str, teacher.FeatureCache]:
     run = prepare(config)
     return run.fill_caches(Monitor(run.output, 1, writes=False))
+
+
+def test_several_datasets_are_read_as_one_and_each_is_cached_once(config, dataset, tmp_path):
+    other = write_dataset(tmp_path / "other", seed=1, num_train=9)
+    folder, both = str(tmp_path / "features"), f"{dataset},{other}"
+    settings = dataclasses.replace(config, data=dataclasses.replace(config.data, path=both))
+    run = prepare(cached(settings, tmp_path / "both", path=folder, dtype="float32"))
+    caches = run.fill_caches(Monitor(run.output, 1, writes=False))
+    alone = [
+        prepare(cached(with_data(config, path), tmp_path / "alone", path=str(tmp_path / f"f{i}"), dtype="float32"))
+        for i, path in enumerate((dataset, other))
+    ]
+    rows = [row for one in alone for row in one.rows]
+    assert len(run.rows) == len(rows)
+    assert run.rows.num_response_tokens == sum(one.rows.num_response_tokens for one in alone)
+    jax.tree.map(np.testing.assert_array_equal, [row._replace(row=0) for row in run.rows], [row._replace(row=0) for row in rows])
+    assert [int(row.row) for row in run.rows] == list(range(len(rows)))
+    one_by_one = [one.fill_caches(Monitor(one.output, 1, writes=False))["train"] for one in alone]
+    right = [cache.read(np.arange(len(one.rows)), 64) for one, cache in zip(alone, one_by_one, strict=True)]
+    order = np.random.default_rng(0).permutation(len(rows))
+    found = caches["train"].read(order, 64)
+    jax.tree.map(lambda a, *parts: np.testing.assert_allclose(a, np.concatenate(parts)[order], atol=1e-6), found, *right)
+    written = {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob("*.npy")}
+    turned = dataclasses.replace(config, data=dataclasses.replace(config.data, path=f"{other},{dataset}"))
+    assert (
+        prepare(cached(turned, tmp_path / "turned", path=folder, dtype="float32"))
+        .fill_caches(Monitor(run.output, 1, writes=False))["train"]
+        .complete
+    )
+    assert written == {path: path.stat().st_mtime_ns for path in pathlib.Path(folder).rglob("*.npy")}
+
+
+def with_data(config: ExperimentConfig, path: str) -> ExperimentConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, path=path))
+
+
+def test_training_goes_on_from_an_exported_branch(config, on_one_device, tmp_path):
+    trainer.train(config)
+    exported = f"{config.output_dir}/exit_branch"
+    onward = dataclasses.replace(config, output_dir=str(tmp_path / "onward"), branch=dataclasses.replace(config.branch, init_from=exported))
+    model = load_model(config.model, jnp.dtype("float32"))
+    run = prepare(onward)
+    jax.tree.map(np.testing.assert_array_equal, run.initial.trained.block, branch_of(config, model).block)
+    trainer.train(onward)
+    first, last = ([line["loss"] for line in read_metrics(one) if "positions" in line] for one in (config, onward))
+    assert last[0] < first[0] and np.mean(last) < np.mean(first)
+    for changes, line in (({"deep_input": True}, "deep_input False"), ({"draft_vocab": 40}, "draft_vocab of 104")):
+        other = dataclasses.replace(onward, branch=dataclasses.replace(onward.branch, **changes))
+        with pytest.raises(UserError, match=f"branch.init_from is '.*exit_branch', which has .*{line}.*; expected the same"):
+            prepare(other)
+    with pytest.raises(UserError, match="no-such-branch"):
+        trainer.train(
+            dataclasses.replace(
+                onward, output_dir=str(tmp_path / "x"), branch=dataclasses.replace(onward.branch, init_from="./no-such-branch")
+            )
+        )
 
 
 def test_a_cache_of_other_features_is_refused(config, tmp_path):
@@ -270,7 +326,7 @@ def test_a_run_goes_on_on_other_devices(config, tmp_path, monkeypatch):
 
 
 def test_every_field_that_makes_an_experiment_is_compared(config):
-    everything = set(comparable(dataclasses.replace(config, quantize="int8")))
+    everything = set(comparable(dataclasses.replace(config, quantize="int8", branch=dataclasses.replace(config.branch, init_from="x"))))
     flat = {
         f"{name}.{inner}" if isinstance(value, dict) else name
         for name, value in experiment.to_dict(config).items()
@@ -278,4 +334,4 @@ def test_every_field_that_makes_an_experiment_is_compared(config):
     }
     free = {name for name in flat if name.split(".")[0] in ("output_dir", "mesh", "checkpoint", "evaluation", "self_generate")}
     assert everything == flat - free - {"data.path", "cache.path"}
-    assert set(comparable(config)) == everything - {"quantize"}  # of runs from before there was that field
+    assert set(comparable(config)) == everything - {"quantize", "branch.init_from"}  # of runs from before there were those fields
