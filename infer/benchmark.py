@@ -19,7 +19,7 @@ from rich.progress import Progress
 from eesd_jax import cli, files
 from eesd_jax.bench.record import Journal
 from eesd_jax.config import DEFAULT_CONTROLLER, NOT_QUANTIZED
-from eesd_jax.decode.controllers import PLAIN
+from eesd_jax.decode.controllers import PLAIN, parse_controller
 from eesd_jax.engine.prompts import Conversation, prompts_sha256, read_prompts
 from eesd_jax.errors import UserError
 
@@ -45,6 +45,9 @@ def main(argv: Sequence[str]) -> None:
     conversations = read_prompts(FLAGS.prompts)[: FLAGS.limit]
     folder = files.expand(FLAGS.output_dir)
     engine = cli.load_from_flags()
+    specs = [parse_controller(name, FLAGS.max_draft) for name in names]
+    if any(spec.kind != PLAIN and spec.controller.needs_branch for spec in specs):
+        engine = engine.with_branch  # for all of them, so that what is compared has the same sources
 
     from eesd_jax.bench import report, run
     from eesd_jax.engine import timing

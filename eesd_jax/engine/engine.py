@@ -37,6 +37,7 @@ from eesd_jax.decode import round as speculative
 from eesd_jax.decode.controllers import AUTO, PLAIN, Calibration, Controller, parse_controller
 from eesd_jax.decode.draft import Speculation
 from eesd_jax.decode.sampling import Sampling
+from eesd_jax.decode.sources.bandit import Arms
 from eesd_jax.decode.state import EOS, LENGTH, RUNNING, STOPPED, DecodeState
 from eesd_jax.engine import checks, timing
 from eesd_jax.engine.drafter import Drafter, read_drafter
@@ -106,8 +107,8 @@ def load(
       decode_config: defaults of generation and its buckets.
       exit_branch: a folder, a hub id, or the name of a model for which this package carries one; `none` (or None); or `auto`: the branch
         that this package carries for `model`, and none for models for which it carries none (which is warned of). Where lookup drafts and
-        weights are multiplied as the codes of their file, on a CPU, `auto` leaves the branch out: rounds wait for arithmetic there, and
-        what the branch adds to lookup is less than what it costs.
+        weights are multiplied as the codes of their file, on a CPU, `auto` leaves the branch to the controllers that cannot do without it:
+        rounds wait for arithmetic there, and what the branch adds to lookup is less than what it costs.
       max_draft: the most tokens that a round may draft, at least 1.
       candidates: of the branch for each of them, at least 1; all but the first are there in case that it is rejected. They make a round
         dearer, so this pays where a pass over more tokens costs little more, as on a GPU.
@@ -152,14 +153,14 @@ def load(
     if table is not None:
         ngram_file.check_ngrams(table, target.config.vocab_size)
     from_lookup_alone = exit_branch == "auto" and longest_match > 0 and candidates == 1 and stored.has_codes(target.params)
-    if folder is not None and not from_lookup_alone:
-        drafter = read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
-    else:
-        drafter = Drafter(None, draft, Calibration(), trained=False, ngrams=table and table.entries) if longest_match else None
-        if exit_branch == "auto" and folder is None:
-            what = "drafts come from lookup alone" if longest_match else "decoding will be plain"
-            warnings.warn(f"no exit branch comes with model {model!r}: {what}", stacklevel=2)
-    return Engine(target, decode_config, drafter)
+    read = None if folder is None else lambda: read_drafter(folder, target, mesh, draft)._replace(ngrams=table and table.entries)
+    if read is not None and not from_lookup_alone:
+        return Engine(target, decode_config, read())
+    alone = Drafter(None, draft, Calibration(), trained=False, ngrams=table and table.entries) if longest_match else None
+    if exit_branch == "auto" and folder is None:
+        what = "drafts come from lookup alone" if longest_match else "decoding will be plain"
+        warnings.warn(f"no exit branch comes with model {model!r}: {what}", stacklevel=2)
+    return Engine(target, decode_config, alone, read)
 
 
 def use_compilation_cache() -> None:
@@ -193,12 +194,22 @@ class Engine:
       decode_config: defaults of generation and its buckets.
       drafter: what drafts, or None (then only plain decoding is to be had).
       params, branch, ngrams: the weights and the table as programs take them; weights are `Stored` where kernels read their codes.
+
+    Args:
+      spare: reads a drafter with a branch, for the controllers that need one where `drafter` has none.
     """
 
-    def __init__(self, model: LoadedModel, decode_config: DecodeConfig = DecodeConfig(), drafter: Drafter | None = None):
+    def __init__(
+        self,
+        model: LoadedModel,
+        decode_config: DecodeConfig = DecodeConfig(),
+        drafter: Drafter | None = None,
+        spare: Callable[[], Drafter] | None = None,
+    ):
         self.model = model
         self.decode_config = decode_config
         self.drafter = drafter
+        self._spare = spare
         self._encoder = Encoder(model)
         self.params = model.params
         self.branch = drafter.branch if drafter else None
@@ -207,6 +218,11 @@ class Engine:
         in_float32 = self.branch is not None and self.branch.head.dtype == jnp.float32
         if in_float32 and self._mesh is None and ops.pack_codes.kernels():
             self.branch = with_codes(self.branch)
+
+    @functools.cached_property
+    def with_branch(self) -> "Engine":
+        """The same, with the branch in all that drafts; itself, where there is none to be had, or it is there already."""
+        return self if self._spare is None else Engine(self.model, self.decode_config, self._spare())
 
     @property
     def has_chat_template(self) -> bool:
@@ -363,6 +379,8 @@ class Engine:
             made = kind = name
         if drafter is None:
             raise UserError(f"controller {shown(name)} needs an exit branch or lookup, and there is neither; expected plain")
+        if self._spare is not None and kind.needs_branch:
+            return self.with_branch.controller(name, batch=batch)
         if drafter.branch is None and kind.needs_branch:
             expected = "expected plain, fixed:K or cost_aware, or the exit branch (--arms=exit, in a program arms=['exit'])"
             raise UserError(f"controller {shown(name)} needs an exit branch, and only lookup drafts; {expected}")
@@ -372,6 +390,8 @@ class Engine:
         self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], batch: int, budget: int, controller: Controller | None = None
     ) -> DecodeState:
         """Pads the prompts to their bucket, adds empty rows up to `batch`, and runs them through the model."""
+        if self._needs_more(controller):
+            return self.with_branch.prefill(prompts, seeds, batch, budget, controller)
         options, config = self.decode_config, self.model.config
         prompts, budget = checks.rows(prompts, config), checks.positive(budget, "max_new_tokens")
         if batch % self._row_shares:
@@ -416,6 +436,8 @@ class Engine:
 
     def decode(self, state: DecodeState, sampling: SamplingConfig, controller: Controller | None, max_steps: int) -> DecodeState:
         """Runs up to `max_steps` steps (rounds); `state` is used up."""
+        if self._needs_more(controller):
+            return self.with_branch.decode(state, sampling, controller, max_steps)
         model = self.model
         settings = _sampling_arrays(sampling, state.length.shape[0], self.rows_home)
         eos_ids, steps = np.array(model.eos_ids, np.int32), np.int32(max_steps)
@@ -435,6 +457,11 @@ class Engine:
             sampling=sampling,
             ngrams=self.ngrams,
         )
+
+    def _needs_more(self, controller: Controller | None) -> bool:
+        """Whether a controller is one for the branch, which this engine leaves to those that need it."""
+        alone = isinstance(controller, Arms) and controller.inner is None
+        return self._spare is not None and controller is not None and not alone
 
     @property
     def _mesh(self) -> Mesh | None:

@@ -279,3 +279,21 @@ def test_controllers_by_name_and_those_that_need_the_branch():
     assert sum(generation.accepted for generation in by_name) > 0
     with pytest.raises(UserError, match="'beta' needs an exit branch, and only lookup drafts"):
         lm.controller("beta")
+
+
+def test_where_lookup_alone_is_faster_the_branch_is_there_for_controllers_that_need_it():
+    read = []
+
+    def spare() -> Drafter:
+        read.append(1)
+        return engine(True).drafter
+
+    alone = engine(False)
+    lm = Engine(alone.model, OPTIONS, alone.drafter, spare)
+    plain, by_lookup = (lm.generate_ids(PROMPTS, seeds=[0] * 4, controller=name) for name in ("plain", "fixed:2"))
+    assert not read
+    drafted = lm.generate_ids(PROMPTS, seeds=[0] * 4, controller=Arms(Fixed(2), **CHEAP, **SETTINGS))
+    assert read == [1]
+    assert [one.token_ids for one in drafted] == [one.token_ids for one in by_lookup] == [one.token_ids for one in plain]
+    assert any((one.log.drafted[~one.log.looked_up] > 0).any() for one in drafted)
+    assert lm.with_branch.branch is not None and lm.branch is None

@@ -26,7 +26,7 @@ from eesd_jax.errors import UserError
 from eesd_jax.model import exit_branch
 from eesd_jax.weights import branch_folder
 from eesd_jax.weights.checkpoint import Checkpoints
-from eesd_jax.weights.load import load_model, load_text
+from eesd_jax.weights.load import load_model
 
 
 @pytest.fixture(scope="module")
