@@ -1,7 +1,12 @@
-"""Times the training of a branch, from a cache and online, on the built-in model.
+"""Times the writing of text and the training of a branch, from a cache and online, on the built-in model.
 
     python benchmarks/training.py
     python benchmarks/training.py --modes=cached --chunks=64,256,512 --train_head --output=training.json
+    python benchmarks/training.py --responses=96 --prompts=questions.jsonl                # the whole pipeline, in tokens an hour
+
+With `--responses` so many are written by `train/self_generate.py`'s own code, with and without features kept, after a warm-up that
+compiles. The pipeline's rate counts response tokens that are written, cached and trained on once; its time includes the prompts, but not
+the copying of kept features into the cache.
 
 Rows are filled with random tokens, which does not change the speed. The trainer's own work is timed: reading a batch (and its
 features, memory-mapped), placing it, and the jitted step; not evaluations and checkpoints. Writing the cache is timed as well: a run does
@@ -15,7 +20,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +30,11 @@ from etils import epath
 
 from eesd_jax import cli, files
 from eesd_jax.bench import report
-from eesd_jax.config import ExperimentConfig
+from eesd_jax.config import ExperimentConfig, SelfGenerateConfig
 from eesd_jax.distill import examples
 from eesd_jax.distill.layout import make_layout
 from eesd_jax.distill.monitor import Monitor
+from eesd_jax.distill.self_generate import Summary, self_generate
 from eesd_jax.distill.teacher import FeatureCache
 from eesd_jax.distill.trainer import Run
 from eesd_jax.engine.engine import use_compilation_cache
@@ -50,6 +56,9 @@ flags.DEFINE_integer("top_tokens", 16, "Tokens that the cache keeps at each posi
 flags.DEFINE_list("chunks", ["64"], "Positions of every row whose logits exist at once.")
 flags.DEFINE_integer("steps", 4, "Steps that are timed together.")
 flags.DEFINE_integer("repeats", 3, "Times that they are timed; the median counts.")
+flags.DEFINE_integer("responses", 0, "Responses that are written; 0: writing is not measured.")
+flags.DEFINE_string("prompts", "self", "What they answer: as config.self_generate.prompts.")
+flags.DEFINE_integer("rows", 24, "Responses that are written at once.")
 flags.DEFINE_string("output", None, "File to write the result to (JSON).")
 
 
@@ -132,6 +141,37 @@ def measure(folder: str, mode: str, chunks: Sequence[int]) -> tuple[list[dict[st
     return rows, filling
 
 
+class Writing(NamedTuple):
+    """How fast text was written. rate: response tokens a second. positions: tokens of prompt and response for each of them."""
+
+    rate: float
+    positions: float
+
+
+def measure_writing(folder: str, features: bool) -> Writing:
+    """Writes responses, all sampled; what is timed begins when the model is loaded."""
+    config = experiment(folder, "cached", 64)
+
+    def write(name: str, count: int) -> Summary:
+        ours = SelfGenerateConfig(FLAGS.prompts, count, 256, 192, greedy_share=0.0, batch_size=FLAGS.rows, features=features)
+        return self_generate(dataclasses.replace(config, output_dir=f"{folder}/{name}-{features}", self_generate=ours))
+
+    write("warm-up", FLAGS.rows)
+    summary = write("written", FLAGS.responses)
+    with open(f"{summary.folder}/metadata.json") as file:
+        provenance = json.load(file)["provenance"]
+    return Writing(summary.tokens / summary.seconds, 1 + provenance["prompt_tokens"] / provenance["response_tokens"])
+
+
+def pipeline(writing: dict[bool, Writing], caching: float, training: float) -> list[tuple[str, str, str]]:
+    """Makes the lines of a table: response tokens a second as they are written, and those an hour through all of it."""
+    lines = []
+    for features, (rate, positions) in writing.items():
+        seconds = 1 / rate + positions * ((0 if features else 1 / caching) + 1 / training)
+        lines.append(("kept as it is written" if features else "a pass of its own", f"{rate:,.0f}", f"{3600 / seconds:,.0f}"))
+    return lines
+
+
 def main(argv: Sequence[str]) -> None:
     del argv
     for name in FLAGS.modes:
@@ -140,14 +180,18 @@ def main(argv: Sequence[str]) -> None:
     chunks = [int(chunk) for chunk in FLAGS.chunks if chunk.isdigit() and int(chunk) > 0]
     if len(chunks) != len(FLAGS.chunks) or not chunks:
         raise UserError(f"--chunks is {','.join(FLAGS.chunks)!r}; expected positive integers")
+    if FLAGS.responses and "cached" not in FLAGS.modes:
+        raise UserError(f"--responses is {FLAGS.responses} with --modes={','.join(FLAGS.modes)}; expected cached among the modes")
     use_compilation_cache()
     warnings.simplefilter("ignore", UserWarning)
-    rows, filling = [], None
+    rows, filling, writing = [], None, {}
     with tempfile.TemporaryDirectory() as folder:
         write_random_rows(f"{folder}/dataset", load_model(FLAGS.model, jnp.dtype("bfloat16")), 2 * FLAGS.batch_size, FLAGS.sequence_length)
         for mode in FLAGS.modes:
             found, took = measure(folder, mode, chunks)
             rows, filling = rows + found, filling or took
+        if FLAGS.responses:
+            writing = {features: measure_writing(folder, features) for features in (False, True)}
     lines = [(row["mode"], str(row["chunk"]), f"{row['tokens_per_second']:,.0f}", f"{row['gflops']:.0f}") for row in rows]
     print(report.table(("mode", "chunk", "tokens/s", "GFLOP/s"), lines))
     if filling:
@@ -155,11 +199,16 @@ def main(argv: Sequence[str]) -> None:
         print(
             f"\nwriting the cache: {filling['tokens']:,} tokens in {filling['seconds']:.0f} s, {rate:,.0f} tokens/s, compilation included"
         )
+    if writing:
+        rate = max(row["tokens_per_second"] for row in rows if row["mode"] == "cached")
+        lines = pipeline(writing, filling["tokens"] / filling["seconds"], rate)
+        print("\n" + report.table(("features", "written, tokens/s", "written, cached and trained on once, tokens/h"), lines))
     if FLAGS.output:
         shown = ("model", "exit_layer", "draft_vocab", "train_head", "batch_size", "sequence_length", "top_tokens", "steps", "repeats")
         settings = {name: FLAGS[name].value for name in shown} | {"device": jax.devices()[0].device_kind}
+        written = [{"features": features} | found._asdict() for features, found in writing.items()]
         with files.whole_file(FLAGS.output) as file:
-            json.dump({"settings": settings, "rows": rows, "cache": filling}, file, indent=2)
+            json.dump({"settings": settings, "rows": rows, "cache": filling, "writing": written}, file, indent=2)
 
 
 if __name__ == "__main__":

@@ -205,6 +205,8 @@ class SelfGenerateConfig:
     batch_size: rows that are generated at once; a row that is finished is refilled. 0: 32 a device.
     validation_share: the part of the prompts (all their responses) that is held out.
     exit_branch, controller: to generate by EESD, once there is a branch.
+    features: whether what training reads of the target is kept as it writes, for this `branch.exit_layer`, `cache.top_tokens` and
+    `cache.dtype`: then a cache needs no pass of its own. For plain decoding, and a local disk.
     """
 
     prompts: str = "self"
@@ -218,6 +220,7 @@ class SelfGenerateConfig:
     seed: int = 0
     exit_branch: str = "none"
     controller: str = "plain"
+    features: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ Axes: B rows, P padded prompt, S capacity in tokens, D hidden, V vocabulary, E i
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,8 @@ from eesd_jax.model import cache as kv
 from eesd_jax.model import llama
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch, before, fuse, run_exit_block
+
+Decoding = TypeVar("Decoding")  # what `decode` carries: it has the field `finish` of a `DecodeState`
 
 
 def empty_exits(config: ModelConfig, branch: ExitBranch | None, batch: int, capacity: int, dtype: jnp.dtype) -> ExitState:
@@ -41,6 +43,21 @@ class _Run(NamedTuple):
     exit_entries: kv.KVCache | None
     x: jax.Array
     deep: _Deep
+
+
+class _Blocks(NamedTuple):
+    """All blocks run on some tokens: their new keys and values, and [B, T, D] after block N (`hidden`) and after the last block (`x`)."""
+
+    entries: kv.KVCache
+    hidden: jax.Array
+    x: jax.Array
+
+
+class Seen(NamedTuple):
+    """What a pass finds besides tokens, [B, T, D] each in the model's dtype. hidden: after block N. last: after the final norm."""
+
+    hidden: jax.Array
+    last: jax.Array
 
 
 class _Prompts(NamedTuple):
@@ -87,18 +104,49 @@ def prefill(
     assert padded <= capacity and (padded <= chunk or padded % chunk == 0), (padded, chunk, capacity)
     prompts = _Prompts(config=config, params=params, branch=branch, exit_layer=exit_layer, tokens=prompt_BxP, length=length_B)
     cache, exits = _run_whole(prompts, capacity) if padded <= chunk else _run_chunks(prompts, capacity, chunk)
+    return _begin(prompts, limit_B, row_keys_B, cache), exits
+
+
+def prefill_seen(
+    config: ModelConfig,
+    params: llama.Params,
+    prompt_BxP: jax.Array,
+    length_B: jax.Array,
+    limit_B: jax.Array,
+    row_keys_B: jax.Array,
+    *,
+    exit_layer: int,
+    capacity: int,
+) -> tuple[DecodeState, Seen]:
+    """Runs the prompts through the model in one pass, for plain decoding, and returns what the pass found, too.
+
+    Args:
+      exit_layer: blocks before what is seen (`Seen.hidden`), static.
+      others: see `prefill`.
+
+    Returns:
+      The state before the first plain step, and what was seen at every token of the prompts, T = P.
+    """
+    prompts = _Prompts(config=config, params=params, branch=None, exit_layer=exit_layer, tokens=prompt_BxP, length=length_B)
+    ran = _run_blocks(config, params, prompt_BxP, jnp.zeros_like(length_B), None, exit_layer)
+    cache = kv.pad(ran.entries, capacity - prompt_BxP.shape[1])
+    return _begin(prompts, limit_B, row_keys_B, cache), _seen(config, params, ran)
+
+
+def _begin(prompts: _Prompts, limit_B: jax.Array, row_keys_B: jax.Array, cache: kv.KVCache) -> DecodeState:
+    """Makes the state before the first plain step, of prompts whose keys and values are in the cache."""
+    capacity, padded = cache.v[0].shape[2], prompts.tokens.shape[1]
     # Rows that only fill up the batch have no budget. A weak type here would compile the loop again once the host has ended a row.
-    finish = jnp.where(length_B < limit_B, RUNNING, LENGTH).astype(jnp.int32)
-    state = DecodeState(
-        tokens=jnp.pad(prompt_BxP, ((0, 0), (0, capacity - padded))),
-        length=length_B,
+    finish = jnp.where(prompts.length < limit_B, RUNNING, LENGTH).astype(jnp.int32)
+    return DecodeState(
+        tokens=jnp.pad(prompts.tokens, ((0, 0), (0, capacity - padded))),
+        length=prompts.length,
         limit=limit_B,
         finish=finish,
         row_keys=row_keys_B,
         cache=cache,
         draft=None,
     )
-    return state, exits
 
 
 def _run_whole(prompts: _Prompts, capacity: int) -> tuple[kv.KVCache, ExitState]:
@@ -133,11 +181,7 @@ def _run_chunks(prompts: _Prompts, capacity: int, chunk: int) -> tuple[kv.KVCach
 def _run(prompts: _Prompts, tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None, deep: _Deep) -> _Run:
     """Runs some tokens of the prompts, each row's from `start_B` on, through all blocks, and through the exit block for its entries."""
     config, params, branch = prompts.config, prompts.params, prompts.branch
-    early, late = range(prompts.exit_layer), range(prompts.exit_layer, config.num_layers)
-    x = llama.embed(params, tokens_BxT)
-    h, early_entries = llama.forward_blocks(config, params["blocks"], x, start_B, cache, early)
-    x, late_entries = llama.forward_blocks(config, params["blocks"], h, start_B, cache, late)
-    entries = kv.KVCache(k=early_entries.k + late_entries.k, v=early_entries.v + late_entries.v)
+    entries, h, x = _run_blocks(config, params, tokens_BxT, start_B, cache, prompts.exit_layer)
     if branch is None:
         return _Run(entries=entries, exit_entries=None, x=x, deep=deep)
     deep_BxTxD = None
@@ -153,35 +197,60 @@ def _run(prompts: _Prompts, tokens_BxT: jax.Array, start_B: jax.Array, cache: kv
     return _Run(entries=entries, exit_entries=exit_entries, x=x, deep=deep)
 
 
+def _run_blocks(
+    config: ModelConfig, params: llama.Params, tokens_BxT: jax.Array, start_B: jax.Array, cache: kv.KVCache | None, exit_layer: int
+) -> _Blocks:
+    """Runs tokens through all blocks, and keeps the residual stream after the first `exit_layer` of them."""
+    early, late = range(exit_layer), range(exit_layer, config.num_layers)
+    x = llama.embed(params, tokens_BxT)
+    hidden, early_entries = llama.forward_blocks(config, params["blocks"], x, start_B, cache, early)
+    x, late_entries = llama.forward_blocks(config, params["blocks"], hidden, start_B, cache, late)
+    entries = kv.KVCache(k=early_entries.k + late_entries.k, v=early_entries.v + late_entries.v)
+    return _Blocks(entries=entries, hidden=hidden, x=x)
+
+
+def _seen(config: ModelConfig, params: llama.Params, ran: _Blocks) -> Seen:
+    """Norms the last hidden states of a pass."""
+    return Seen(hidden=ran.hidden, last=llama.last_hidden(config, params, ran.x))
+
+
 def plain_step(config: ModelConfig, eos_ids_E: jax.Array, params: llama.Params, sampling: Sampling, state: DecodeState) -> DecodeState:
     """Runs the last committed token of every row through the whole model, and commits one more in the rows that are not finished."""
+    return seen_step(config, config.num_layers, eos_ids_E, params, sampling, state)[0]
+
+
+def seen_step(
+    config: ModelConfig, exit_layer: int, eos_ids_E: jax.Array, params: llama.Params, sampling: Sampling, state: DecodeState
+) -> tuple[DecodeState, Seen, jax.Array]:
+    """Takes a `plain_step`, and returns what its pass found at the token that it ran, too: `Seen`, T = 1, and logits, float32 [B, V]."""
     batch = state.length.shape[0]
     rows = jnp.arange(batch)
     start_B = state.length - 1
-    x = llama.embed(params, state.tokens[rows, start_B][:, None])
-    x, new = llama.forward_blocks(config, params["blocks"], x, start_B, state.cache, range(config.num_layers))
-    cache = kv.write(state.cache, new, start_B, after=x)
+    ran = _run_blocks(config, params, state.tokens[rows, start_B][:, None], start_B, state.cache, exit_layer)
+    cache = kv.write(state.cache, ran.entries, start_B, after=ran.x)
     keys = jax.vmap(jax.random.fold_in)(state.row_keys, state.length)
-    token = sample(keys, llama.logits(config, params, x)[:, 0], sampling).token
+    logits_BxV = llama.logits(config, params, ran.x)[:, 0]
+    token = sample(keys, logits_BxV, sampling).token
 
     running = state.finish == RUNNING
     # A finished row keeps its length: it computes the same thing again, into the same slot, and commits nothing.
     tokens = state.tokens.at[rows, state.length].set(jnp.where(running, token, state.tokens[rows, state.length]))
     length = state.length + running
     finish = jnp.where(jnp.isin(token, eos_ids_E), EOS, jnp.where(length >= state.limit, LENGTH, RUNNING))
-    return state._replace(tokens=tokens, length=length, finish=jnp.where(running, finish, state.finish), cache=cache)
+    state = state._replace(tokens=tokens, length=length, finish=jnp.where(running, finish, state.finish), cache=cache)
+    return state, _seen(config, params, ran), logits_BxV
 
 
-def decode(step: Callable[[DecodeState], DecodeState], state: DecodeState, max_steps: jax.Array) -> DecodeState:
+def decode(step: Callable[[Decoding], Decoding], state: Decoding, max_steps: jax.Array) -> Decoding:
     """Steps until every row is finished, or `max_steps` (int32, traced) are done."""
 
-    def unfinished(carry: tuple[DecodeState, jax.Array]) -> jax.Array:
+    def unfinished(carry: tuple[Decoding, jax.Array]) -> jax.Array:
         state, steps = carry
         someone_runs = jnp.any(state.finish == RUNNING)
         may_go_on = steps < max_steps
         return someone_runs & may_go_on
 
-    def body(carry: tuple[DecodeState, jax.Array]) -> tuple[DecodeState, jax.Array]:
+    def body(carry: tuple[Decoding, jax.Array]) -> tuple[Decoding, jax.Array]:
         state, steps = carry
         return step(state), steps + 1
 

@@ -48,6 +48,7 @@ class Rows(Sequence[Batch]):
     """The rows of one split: random access; a row is a `Batch` without the axis B.
 
     Attributes:
+      name: where their source lies.
       examples: as they were written, uncut; random access.
       provenance: where they come from (see `examples.py`).
       num_tokens: in all rows, without padding. num_response_tokens: those of them that a loss is taken at.
@@ -68,6 +69,7 @@ class Rows(Sequence[Batch]):
             raise UserError(f"data.sequence_length is {config.sequence_length}; expected an integer >= 2")
         if config.max_examples < 0:
             raise UserError(f"data.max_examples is {config.max_examples}; expected an integer >= 0 (0 for all)")
+        self.name = source.name
         self.examples = _First(source.examples, config.max_examples) if config.max_examples else source.examples
         self.provenance: dict[str, Any] = source.provenance
         self._config = config
@@ -112,8 +114,7 @@ class Rows(Sequence[Batch]):
         tokens, segments, positions = (np.zeros(length, np.int32) for _ in range(3))
         loss_mask = np.zeros(length, bool)
         start = 0
-        for segment, i in enumerate(self._plan[index], start=1):
-            example = self.examples[int(i)]
+        for segment, example in enumerate(self.members(index), start=1):
             count = min(len(example.tokens), length)
             place = slice(start, start + count)
             tokens[place] = example.tokens[:count]
@@ -122,6 +123,10 @@ class Rows(Sequence[Batch]):
             loss_mask[start : start + count - 1] = example.response[1:count]
             start += count
         return Batch(tokens, segments, positions, loss_mask, np.int32(index))
+
+    def members(self, index: int) -> list[Example]:
+        """Reads the examples of a row, in their order."""
+        return [self.examples[int(i)] for i in self._plan[index]]
 
     def width(self, indices: np.ndarray) -> int:
         """How many tokens of those rows a batch has to hold: all of T where rows are packed, else the least bucket that is enough."""

@@ -13,10 +13,15 @@ _WRITTEN = "⟦{}⟧"
 
 
 class Example(NamedTuple):
-    """tokens: int32 [n]. response: bool [n], True where the target wrote the token."""
+    """A text to learn from.
+
+    tokens: int32 [n]. response: bool [n], True where the target wrote the token. index: the number of the response in self-generation; -1
+    where the text comes from elsewhere.
+    """
 
     tokens: np.ndarray
     response: np.ndarray
+    index: int = -1
 
     @property
     def prompt(self) -> np.ndarray:

@@ -205,7 +205,7 @@ class _DatasetExamples(Sequence[Example]):
             raise IndexError(index)
         try:
             record = self._source[index]
-            return Example(record["tokens"], record["response"])
+            return Example(record["tokens"], record["response"], int(record.get("index", -1)))
         except Exception as error:  # whatever the readers of records and of examples raise
             raise UserError(f"{self._where}, example {index} cannot be read ({_one_line(error)}); expected a complete copy") from None
 

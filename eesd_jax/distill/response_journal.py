@@ -1,7 +1,8 @@
 """What self-generation keeps of unfinished work: one file a process, a JSON object a line; and the settings that it was begun with.
 
     settings.json, target.json    what every process must have, too: settings, and hashes of the model
-    00000.jsonl                   process 0: {"index", "tokens", "ended"} a response, {"index", "user"} a user's turn
+    00000.jsonl                   process 0: {"index", "tokens", "ended"} a response, with "features" where they were kept,
+                                  {"index", "user"} a user's turn
     finished-00000-of-00002       process 0 of 2 has made all its responses
 
 Only whole lines count. On remote storage, whose files cannot be appended to, a process writes one file after the other.
@@ -49,10 +50,15 @@ def _check_file(path: epath.Path, ours: dict[str, Any], output_dir: str) -> None
 
 
 class Answer(NamedTuple):
-    """A response that is complete. tokens: int32, its EOS included. ended: whether it has one."""
+    """A response that is complete.
+
+    tokens: int32, its EOS included. ended: whether it has one. features: the process that made it, the first of its records in that
+    process's file of features, and how many they are (see `feature_file.py`); None where none were kept.
+    """
 
     tokens: np.ndarray
     ended: bool
+    features: tuple[int, int, int] | None = None
 
 
 class Journal:
@@ -119,7 +125,11 @@ class Journal:
         if "user" in entry:
             self.users[int(entry["index"])] = str(entry["user"])
         else:
-            self.answers[int(entry["index"])] = Answer(np.array(entry["tokens"], np.int32), bool(entry["ended"]))
+            features = None
+            if "features" in entry:
+                process, first, count = map(int, entry["features"])
+                features = process, first, count
+            self.answers[int(entry["index"])] = Answer(np.array(entry["tokens"], np.int32), bool(entry["ended"]), features)
 
     def _truncate(self) -> None:
         """Takes away a line that a kill has cut off, so that the next one begins on its own."""
@@ -127,6 +137,11 @@ class Journal:
         if path.exists():
             content = path.read_bytes()
             os.truncate(path, content.rfind(b"\n") + 1)
+
+    def records_of(self, process: int) -> int:
+        """Counts the records of features of one process that the journals vouch for."""
+        places = (answer.features for answer in self.answers.values() if answer.features is not None)
+        return max((first + count for owner, first, count in places if owner == process), default=0)
 
     def append(self, entry: dict[str, Any]) -> None:
         """Keeps what is complete: at once, or, where files cannot be appended to, with the next `flush`."""

@@ -6,6 +6,7 @@ have all responses, the dataset is written from them in order. So a run may be k
 number of processes: nothing is lost, nothing is made twice, and the dataset is the same to the byte.
 
     OUTPUT_DIR/responses/   journals (see `response_journal.py`)
+    OUTPUT_DIR/features/    if wanted, what training reads of the target, kept as it writes (see `feature_file.py`)
     OUTPUT_DIR/dataset/     appears when it is complete (see `examples.py`)
 """
 
@@ -14,6 +15,7 @@ import itertools
 import json
 import math
 import os
+import pathlib
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -25,12 +27,23 @@ from etils import epath
 from jax.sharding import Mesh
 
 from eesd_jax.cluster.processes import check_shared
-from eesd_jax.config import NOT_QUANTIZED, DecodeConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
+from eesd_jax.config import (
+    NOT_QUANTIZED,
+    PROMPT_BUCKETS,
+    DecodeConfig,
+    DraftConfig,
+    ExperimentConfig,
+    RefillConfig,
+    SelfGenerateConfig,
+)
 from eesd_jax.decode.controllers import PLAIN, parse_controller
-from eesd_jax.distill import examples, prompt_source
+from eesd_jax.distill import examples, feature_file, prompt_source
+from eesd_jax.distill.checks import check_against_model
+from eesd_jax.distill.feature_file import FeatureWriter
 from eesd_jax.distill.response_journal import Journal, check_same, check_settings_file
 from eesd_jax.engine import conversations, engine
 from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.kept import Keep
 from eesd_jax.engine.prompts import Conversation, is_text
 from eesd_jax.engine.scheduler import Refiller, Request, local_mesh
 from eesd_jax.errors import UserError
@@ -122,6 +135,11 @@ def check_settings(config: ExperimentConfig) -> None:
         raise UserError(
             f"self_generate.num_responses is 0, and prompts are {prompt_source.SELF!r}; expected how many the model should write"
         )
+    if ours.features and (ours.controller != PLAIN or "://" in config.output_dir or ours.max_prompt_tokens > PROMPT_BUCKETS[-1]):
+        raise UserError(
+            f"self_generate.features is True with controller {ours.controller!r}, output_dir {config.output_dir!r} and max_prompt_tokens "
+            f"{ours.max_prompt_tokens}; expected {PLAIN}, a folder of this machine, and at most {PROMPT_BUCKETS[-1]}"
+        )
     controller = parse_controller(ours.controller, DraftConfig.max_draft)
     if (ours.exit_branch == "none") != (controller.kind == PLAIN):
         raise UserError(
@@ -200,9 +218,17 @@ def describe_settings(config: ExperimentConfig, prompts: Sequence[Conversation] 
     ours = {name: value for name, value in dataclasses.asdict(config.self_generate).items() if name not in _NOT_TEXT}
     kind = prompt_source.SELF if prompts is None else prompt_source.fingerprint(prompts)
     target = {"model": config.model, "dtype": config.dtype}
-    if config.quantize != NOT_QUANTIZED:  # so that responses that were begun before there was this field go on
+    # What was not always a field is left out at its default, so that responses that were begun before go on.
+    if config.quantize != NOT_QUANTIZED:
         target["quantize"] = config.quantize
+    if ours.pop("features"):
+        target |= {f"features.{name}": value for name, value in dataclasses.asdict(_what_to_keep(config)).items()}
     return json.loads(json.dumps({"format_version": FORMAT_VERSION, "prompts": kind} | target | ours))
+
+
+def _what_to_keep(config: ExperimentConfig) -> Keep:
+    """Reads from the experiment what its training will ask of the target."""
+    return Keep(config.branch.exit_layer, config.cache.top_tokens, config.cache.dtype)
 
 
 def _dataset_settings(folder: epath.Path, config: ExperimentConfig) -> dict[str, Any]:
@@ -249,6 +275,8 @@ class Run:
         if self._rows % mesh.shape["data"]:
             raise UserError(f"self_generate.batch_size is {self._rows}; expected a multiple of {mesh.shape['data']}, the number of devices")
         self._engine = _load(config, mesh) if engine is None else engine
+        if ours.features:  # before text is written beside which training could use nothing
+            check_against_model(config, self._engine.model.config)
         self._controller = self._engine.controller(ours.controller, batch=self._rows)
         self._user_turn = prompt_source.UserTurn(self._engine) if prompts is None else None
         self._prompts, self._prompt_ids = ([], []) if prompts is None else self._encode(prompts)
@@ -259,6 +287,7 @@ class Run:
                 f"self_generate.num_responses is {self.num_responses}, all of them greedy, for {len(self._prompts)} prompts; "
                 "expected no more than prompts, or a smaller greedy_share"
             )
+        self._keep = _what_to_keep(config) if ours.features else None
         self._plan = plan_responses(ours, self.num_responses if self._user_turn else len(self._prompts), self.num_responses)
         model = self._engine.model
         self.target = {
@@ -313,6 +342,7 @@ class Run:
     def generate(self, journal: Journal, process_index: int, process_count: int, watch: Watch | None = None) -> Summary:
         """Makes the responses of one process that are not in the journals yet."""
         own = range(process_index, self.num_responses, process_count)
+        features = None if self._keep is None else self._feature_writer(journal, process_index)
         refiller = Refiller(self._engine, self._mesh, self._rows, self._controller, self._refill)
         key = jax.random.key(self._ours.seed % 2**32)
         parts = 1 if self._user_turn is None else 2
@@ -336,12 +366,29 @@ class Run:
             for i in own
             if i not in journal.answers
         )
+        if features is not None:
+            refiller = Refiller(self._engine, self._mesh, self._rows, None, self._refill, self._keep)
         for response in refiller.run(requests, jax.random.fold_in(key, _ANSWER_STREAM)):
-            journal.append({"index": response.index, "tokens": response.tokens.tolist(), "ended": response.ended})
+            place = {}
+            if features is not None:
+                place["features"] = [process_index, features.append(response.kept), len(response.kept.hidden)]
+            journal.append({"index": response.index, "tokens": response.tokens.tolist(), "ended": response.ended} | place)
             done, made, tokens = done + 1, made + 1, tokens + len(response.tokens)
             report()
         journal.flush()
         return Summary(made, tokens, time.perf_counter() - started, "")
+
+    def _feature_writer(self, journal: Journal, process: int) -> FeatureWriter:
+        """Opens the features of one process after those that the journals know."""
+        model = self._engine.model
+        about = feature_file.describe(
+            self._keep, self.target["target_fingerprint"], model.config.hidden_size, model.params["final_norm"].dtype.name
+        )
+        return FeatureWriter(self._features_folder, about, process, journal.records_of(process))
+
+    @property
+    def _features_folder(self) -> pathlib.Path:
+        return pathlib.Path(self._config.output_dir).expanduser() / "features"
 
     def _user_turns(self, pending: list[int], refiller: Refiller, key: jax.Array) -> Iterator[tuple[int, str]]:
         """The model writes user's turns, each again until it is one that can be answered."""
@@ -393,13 +440,14 @@ class Run:
         prompts = [np.array(self._prompt(i, journal), np.int32) for i in range(self.num_responses)]
         chosen = examples.assign_splits(prompts, self._ours.validation_share)
         answers = [journal.answers[i] for i in range(self.num_responses)]
+        texts = [np.concatenate([prompt, answer.tokens]) for prompt, answer in zip(prompts, answers, strict=True)]
 
         def records(split: str) -> Iterator[dict[str, Any]]:
-            for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
                 if chosen[i] == split:
                     yield {
-                        "tokens": np.concatenate([prompt, answer.tokens]),
-                        "response": np.arange(len(prompt) + len(answer.tokens)) >= len(prompt),
+                        "tokens": text,
+                        "response": np.arange(len(text)) >= len(prompt),
                         "index": i,
                         "temperature": self._plan.temperature[i],
                         "prompt_id": f"self-{i}" if self._user_turn else str(self._prompts[self._plan.prompt[i]].id),
@@ -417,6 +465,8 @@ class Run:
             "greedy": int(np.count_nonzero(self._plan.temperature == 0)),
             "splits": {split: chosen.count(split) for split in examples.SPLITS},
         }
+        if self._keep is not None:
+            feature_file.write_index(self._features_folder, [answer.features for answer in answers], texts)
         examples.write_dataset(folder, {split: records(split) for split in examples.SPLITS}, provenance)
 
 

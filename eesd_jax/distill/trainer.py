@@ -7,6 +7,7 @@ in the checkpoint or follows from the config. There is no other randomness than 
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import math
 import os
@@ -25,13 +26,15 @@ from jax.experimental import multihost_utils
 from eesd_jax.cluster.hardware import find_chip
 from eesd_jax.cluster.processes import check_shared
 from eesd_jax.config import ExperimentConfig
-from eesd_jax.distill import data, step, teacher
+from eesd_jax.distill import data, feature_file, step, teacher
 from eesd_jax.distill.checks import check_against_model, check_config, check_given_branch, comparable, find
 from eesd_jax.distill.data import Batch
 from eesd_jax.distill.evaluation import Evaluation, on_every_host
+from eesd_jax.distill.feature_file import FeatureReader
 from eesd_jax.distill.layout import Layout, make_layout
 from eesd_jax.distill.monitor import Monitor
 from eesd_jax.distill.preemption import watch_for_sigterm
+from eesd_jax.engine.kept import Keep
 from eesd_jax.errors import UserError
 from eesd_jax.model import exit_branch
 from eesd_jax.weights import branch_folder
@@ -287,9 +290,18 @@ class Run:
                 home = folder if len(rows.parts) == 1 else folder / part.fingerprint[:16]
                 found.append(self._open_cache(home / name, part))
                 if not found[-1].complete:
-                    monitor.follow(f"caching {name}", found[-1].fill(part, config.batch_size, run), len(part), found[-1].rows, length)
+                    written = self._written_features(part)
+                    source = run if written is None else functools.partial(written.of_batch, part)
+                    monitor.follow(f"caching {name}", found[-1].fill(part, config.batch_size, source), len(part), found[-1].rows, length)
             caches[name] = found[0] if len(found) == 1 else teacher.JoinedCache(rows.ends, tuple(found))
         return caches
+
+    def _written_features(self, rows: data.Rows) -> FeatureReader | None:
+        """Opens what was kept as the target wrote that text, where it is what this experiment needs; else None."""
+        found = feature_file.open_features(rows.name)
+        keep = Keep(self.config.branch.exit_layer, self.config.cache.top_tokens, self.config.cache.dtype)
+        about = feature_file.describe(keep, self.fingerprint, self.model_config.hidden_size, self.identity["model.dtype"])
+        return found if found is not None and found.about == about else None
 
     def _open_cache(self, folder: pathlib.Path, rows: data.Rows) -> teacher.FeatureCache:
         config = self.config

@@ -30,10 +30,11 @@ from eesd_jax.decode import round as speculative
 from eesd_jax.decode.controllers import Controller
 from eesd_jax.decode.draft import Speculation
 from eesd_jax.decode.sampling import Sampling
-from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState
+from eesd_jax.decode.state import EOS, LENGTH, RUNNING, DecodeState, ExitState
 from eesd_jax.engine.engine import Engine
+from eesd_jax.engine.kept import Keep, Kept, cut, no_kept
 from eesd_jax.model import cache as kv
-from eesd_jax.model import llama, sharding, stored
+from eesd_jax.model import llama, ops, sharding, stored
 from eesd_jax.model.config import ModelConfig
 from eesd_jax.model.exit_branch import ExitBranch
 
@@ -50,18 +51,25 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """index: of its request. tokens: int32, the new ones, with the EOS that ended them. ended: whether one did."""
+    """index: of its request. tokens: int32, the new ones, with the EOS that ended them. ended: whether one did. kept: if it was wanted."""
 
     index: int
     tokens: np.ndarray
     ended: bool
+    kept: Kept | None = None
 
 
 class _Rows(NamedTuple):
-    """On the devices: the state of all rows, and how each draws."""
+    """On the devices: the state of all rows, how each draws, and what is kept of them, [B, S, ...] each (None: nothing)."""
 
     state: DecodeState
     sampling: Sampling
+    kept: Kept | None
+
+    @property
+    def finish(self) -> jax.Array:
+        """Says which rows are finished, as a `DecodeState` does: `loop.decode` reads it."""
+        return self.state.finish
 
 
 class _Prompts(NamedTuple):
@@ -82,7 +90,7 @@ class _Prompts(NamedTuple):
 
 
 class _Static(NamedTuple):
-    """What is compiled in. draft and controller are None in plain decoding."""
+    """What is compiled in. draft and controller are None in plain decoding, keep is None where nothing is kept."""
 
     config: ModelConfig
     draft: DraftConfig | None
@@ -90,6 +98,7 @@ class _Static(NamedTuple):
     mesh: Mesh
     capacity: int
     chunk: int  # tokens of one prefill pass
+    keep: Keep | None
 
     @property
     def exit_layer(self) -> int:
@@ -119,9 +128,23 @@ def _empty(static: _Static, rows: int, params: llama.Params, branch: ExitBranch 
             exits = loop.empty_exits(static.config, branch, rows, capacity, dtype)
             state = speculative.start_drafting(static.draft, branch, static.controller, state, exits)
         zeros = jnp.zeros(rows)
-        return _Rows(state, Sampling(zeros, jnp.zeros(rows, jnp.int32), jnp.ones(rows), zeros * 1))
+        kept = None if static.keep is None else no_kept(static.keep, static.config.hidden_size, (rows, capacity))
+        return _Rows(state, Sampling(zeros, jnp.zeros(rows, jnp.int32), jnp.ones(rows), zeros * 1), kept)
 
     return _over_data(static, build, (), _OWN)()
+
+
+def _prefill(
+    static: _Static, params: llama.Params, branch: ExitBranch | None, prompts: _Prompts, keys: jax.Array
+) -> tuple[DecodeState, ExitState | None, loop.Seen | None]:
+    """Runs prompts, and returns their state, what drafting takes from here, and what is to be kept of the pass."""
+    of_rows, padded = (prompts.tokens, prompts.length, prompts.limit, keys), prompts.tokens.shape[1]
+    # The capacity is that of the prompts: of the rows that they go into, the rest of the caches stays as it is.
+    if static.keep is not None:
+        state, seen = loop.prefill_seen(static.config, params, *of_rows, exit_layer=static.keep.exit_layer, capacity=padded)
+        return state, None, seen
+    shapes = {"exit_layer": static.exit_layer, "capacity": padded, "chunk": static.chunk}
+    return *loop.prefill(static.config, params, branch, *of_rows, **shapes), None
 
 
 @functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("rows",))
@@ -135,18 +158,7 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
     def refill(params: llama.Params, branch: ExitBranch | None, key: jax.Array, prompts: _Prompts, rows: _Rows) -> _Rows:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, prompts.index)
         no_keys = jnp.broadcast_to(key, prompts.length.shape)  # the prompts' own draw nothing
-        new, exits = loop.prefill(
-            static.config,
-            params,
-            branch,
-            prompts.tokens,
-            prompts.length,
-            prompts.limit,
-            no_keys,
-            exit_layer=static.exit_layer,
-            capacity=prompts.tokens.shape[1],  # of these rows, the rest of the caches stays as it is
-            chunk=static.chunk,
-        )
+        new, exits, seen = _prefill(static, params, branch, prompts, no_keys)
         if static.controller is not None:
             new = speculative.start_drafting(static.draft, branch, static.controller, new, exits)
 
@@ -157,11 +169,25 @@ def _refill(static: _Static, params: llama.Params, branch: ExitBranch | None, ke
 
             state = jax.tree.map(write, rows.state, new)
             temperature = write(rows.sampling.temperature, prompts.temperature, i)
-            return _Rows(state._replace(row_keys=write(rows.state.row_keys, keys, i)), rows.sampling._replace(temperature=temperature))
+            state, kept = state._replace(row_keys=write(rows.state.row_keys, keys, i)), rows.kept
+            if seen is not None:
+                hidden, last = (write(old, fresh.astype(old.dtype)) for old, fresh in zip(kept[:2], seen, strict=True))
+                kept = kept._replace(hidden=hidden, last=last)
+            return _Rows(state, rows.sampling._replace(temperature=temperature), kept)
 
         return jax.lax.fori_loop(0, prompts.count[0], place, rows)
 
     return _over_data(static, refill, (_SHARED, _SHARED, _SHARED, _OWN, _OWN), _OWN)(params, branch, key, prompts, rows)
+
+
+def _kept_step(static: _Static, eos_ids: jax.Array, params: llama.Params, rows: _Rows) -> _Rows:
+    """Takes a plain step, and keeps what its pass finds at the token that it runs."""
+    ran = jnp.arange(rows.state.length.shape[0]), rows.state.length - 1
+    state, seen, logits = loop.seen_step(static.config, static.keep.exit_layer, eos_ids, params, rows.sampling, rows.state)
+    log_probs, ids = ops.top_k(jax.nn.log_softmax(logits), static.keep.top_tokens)
+    found = Kept(hidden=seen.hidden[:, 0], last=seen.last[:, 0], ids=ids, log_probs=log_probs)
+    kept = jax.tree.map(lambda old, new: old.at[ran].set(new.astype(old.dtype)), rows.kept, found)
+    return rows._replace(state=state, kept=kept)
 
 
 @functools.partial(jax.jit, static_argnames=("static",), donate_argnames=("rows",))
@@ -171,6 +197,8 @@ def _decode(
     """Up to `max_steps` steps (rounds) of every row."""
 
     def decode(eos_ids: jax.Array, params: llama.Params, branch: ExitBranch | None, rows: _Rows, max_steps: jax.Array) -> _Rows:
+        if static.keep is not None:
+            return loop.decode(functools.partial(_kept_step, static, eos_ids, params), rows, max_steps)
         if static.controller is None:
             step = functools.partial(loop.plain_step, static.config, eos_ids, params, rows.sampling)
         else:
@@ -209,10 +237,20 @@ class Refiller:
       rows: of all devices, a multiple of the mesh's data axis.
       controller: how to draft; None for plain decoding.
       config: shapes and pacing.
+      keep: what is kept of the passes, in plain decoding of prompts of one pass; None for nothing.
     """
 
-    def __init__(self, engine: Engine, mesh: Mesh, rows: int, controller: Controller | None = None, config: RefillConfig = RefillConfig()):
-        model = engine.model
+    def __init__(
+        self,
+        engine: Engine,
+        mesh: Mesh,
+        rows: int,
+        controller: Controller | None = None,
+        config: RefillConfig = RefillConfig(),
+        keep: Keep | None = None,
+    ):
+        assert keep is None or controller is None
+        model, self._keep = engine.model, keep
         self._devices = mesh.shape["data"]
         assert rows % self._devices == 0, (rows, self._devices)
         self._rows = rows // self._devices
@@ -265,7 +303,7 @@ class Refiller:
 
     def _run(self, queue: deque[Request], capacity: int, key: jax.Array) -> Iterator[Response]:
         chunk = self._config.prompt_buckets[-1]
-        static = _Static(self._model_config, self._draft, self._controller, self._mesh, capacity, chunk)
+        static = _Static(self._model_config, self._draft, self._controller, self._mesh, capacity, chunk, self._keep)
         key = jax.device_put(key, self._everywhere)
         rows = _empty(static, self._rows, self._params, self._branch)
         owners: list[Request | None] = [None] * (self._devices * self._rows)
@@ -276,10 +314,9 @@ class Refiller:
                 rows = _refill(static, self._params, self._branch, key, jax.device_put(prompts, self._own), rows)
             rows = _decode(static, self._eos_ids, self._params, self._branch, rows, self._steps)
             yield from ended  # while the devices work
-            length, finish = jax.device_get((rows.state.length, rows.state.finish))
+            finish = jax.device_get(rows.state.finish)
             done = [i for i, owner in enumerate(owners) if owner and finish[i] != RUNNING]
-            tokens = jax.device_get(rows.state.tokens) if done else None
-            ended = [Response(owners[i].index, tokens[i, len(owners[i].prompt) : length[i]], bool(finish[i] == EOS)) for i in done]
+            ended = _responses(rows, done, owners) if done else []
             for i in done:
                 owners[i] = None
         yield from ended
@@ -319,6 +356,20 @@ class Refiller:
                 prompts.index[place], prompts.temperature[place] = request.index, request.temperature
                 prompts.count[device] += 1
         return prompts
+
+
+def _responses(rows: _Rows, done: list[int], owners: list[Request | None]) -> list[Response]:
+    """Copies the text of rows that are finished, and what is kept of it, to the host.
+
+    They are copies because on a CPU the host's arrays are those that the next program is given to write into.
+    """
+    length, finish, tokens, kept = jax.device_get((rows.state.length, rows.state.finish, rows.state.tokens, rows.kept))
+    found = []
+    for i in done:
+        prompt, end = len(owners[i].prompt), length[i]
+        of_row = None if kept is None else cut(kept, i, prompt, end)
+        found.append(Response(owners[i].index, np.array(tokens[i, prompt:end]), bool(finish[i] == EOS), of_row))
+    return found
 
 
 def _platform(mesh: Mesh) -> str:

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,9 +22,9 @@ import tensorflow_datasets as tfds
 import tiny
 from coded import engines
 
-from eesd_jax.config import DataConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
+from eesd_jax.config import BranchConfig, CacheConfig, DataConfig, DraftConfig, ExperimentConfig, RefillConfig, SelfGenerateConfig
 from eesd_jax.decode.controllers import Calibration
-from eesd_jax.distill import data, prompt_source, self_generate
+from eesd_jax.distill import data, feature_file, prompt_source, self_generate, teacher
 from eesd_jax.engine import scheduler
 from eesd_jax.engine.drafter import Drafter
 from eesd_jax.engine.engine import Engine
@@ -256,6 +257,104 @@ def test_a_journal_cut_anywhere_gives_the_same_dataset(loaded, config, uninterru
     assert sorted(indices) == list(range(14))
 
 
+def kept_with(config, **fields):
+    return dataclasses.replace(
+        with_fields(config, features=True, **fields),
+        branch=BranchConfig(exit_layer=1),
+        cache=CacheConfig(enabled=True, top_tokens=5, dtype="float32"),
+        data=DataConfig(sequence_length=90),
+    )
+
+
+def features_of(config, model):
+    folder = f"{config.output_dir}/dataset"
+    found, splits = feature_file.open_features(folder), ("train", "validation")
+    examples = [one for split in splits for one in data.open_split(DataConfig(sequence_length=90), folder, split, model).examples]
+    assert sorted(one.index for one in examples) == list(range(14))
+    return {one.index: found.of_example(one).tobytes() for one in examples}
+
+
+@pytest.mark.parametrize("share", [0.31, 0.8])
+def test_features_are_the_same_to_the_bit_wherever_a_run_is_cut(loaded, config, engine, uninterrupted, share):
+    whole, config = kept_with(in_folder(config, "whole")), kept_with(config)
+    self_generate.self_generate(whole)
+    assert {name: value for name, value in digests(whole).items() if "array_record" in name} == {
+        name: value for name, value in uninterrupted.items() if "array_record" in name
+    }
+    for name in ("responses", "features"):
+        shutil.copytree(f"{whole.output_dir}/{name}", f"{config.output_dir}/{name}")
+    content = journal_of(config).read_bytes()
+    journal_of(config).write_bytes(content[: int(share * len(content))])
+    with open(f"{config.output_dir}/features/00000.bin", "ab") as file:
+        file.write(b"torn")
+    self_generate.self_generate(config)
+    assert features_of(config, engine.model) == features_of(whole, engine.model)
+    with pytest.raises(UserError, match=r"features\.exit_layer was 1, and now is 2"):
+        self_generate.self_generate(dataclasses.replace(whole, branch=BranchConfig(exit_layer=2)))
+
+
+def test_two_processes_keep_the_features_of_one(loaded, config, engine, monkeypatch):
+    monkeypatch.setattr(self_generate, "_wait", wait_not_forever)
+    whole, config = kept_with(in_folder(config, "whole")), kept_with(config)
+    self_generate.self_generate(whole)
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(self_generate.self_generate, config, process_index=process, process_count=2) for process in (0, 1)]
+    assert sum(run.result().responses for run in runs) == 14
+    assert {path.name for path in pathlib.Path(config.output_dir, "features").glob("*.bin")} == {"00000.bin", "00001.bin"}
+    assert features_of(config, engine.model) == features_of(whole, engine.model)
+
+
+class _Reversed:
+    """Rows whose examples say other things."""
+
+    def __init__(self, rows):
+        self._rows = rows
+
+    def members(self, index):
+        return [example._replace(tokens=example.tokens[::-1]) for example in self._rows.members(index)]
+
+
+def test_features_are_those_of_a_pass_over_the_text(loaded, config, engine):
+    config = kept_with(config)
+    folder = self_generate.self_generate(config).folder
+    found = feature_file.open_features(folder)
+    trunk = teacher.split_trunk(engine.model.config, jax.tree.map(jnp.copy, engine.model.params), 1)
+    rows = data.open_split(DataConfig(sequence_length=90), folder, "train", engine.model)
+    batch = data.Batch(*(np.stack(field) for field in zip(*rows, strict=True)))
+    kept = found.of_batch(rows, batch)
+    hidden, last = teacher.hidden_states(engine.model.config, trunk, batch, last=True)
+    top = teacher.top_tokens(trunk, last, 5, 32)
+    ends = np.concatenate([batch.positions[:, 1:] == 0, np.ones((len(rows), 1), bool)], axis=1)  # of texts and of rows
+    run = (batch.segments > 0) & ~ends
+    assert run.any() and batch.loss_mask.any() and not (batch.loss_mask & ~run).any()
+    np.testing.assert_allclose(kept.hidden[run], hidden[run], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(kept.last[run], last[run], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(kept.top.log_probs[batch.loss_mask], top.log_probs[batch.loss_mask], atol=1e-3)
+    assert (kept.top.ids == top.ids)[batch.loss_mask].mean() > 0.99
+    with pytest.raises(UserError, match="they are of another text than response"):  # features that lie beside another dataset
+        found.of_batch(_Reversed(rows), batch)
+    damages = {"index.npy": b"no array", "provenance.json": b"[]", "00000.bin": b"short"}
+    for name, content in damages.items():
+        path = pathlib.Path(folder).parent / "features" / name
+        whole = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"features .* cannot be read .*; expected those that train/self_generate.py has written"):
+            feature_file.open_features(folder)
+        path.write_bytes(whole)
+
+
+def test_features_that_cannot_be_kept_are_refused(loaded, config):
+    for fields in ({"controller": "fixed:2", "exit_branch": "demo"}, {"max_prompt_tokens": 600}):
+        with pytest.raises(
+            UserError, match=r"self_generate\.features is True with .*; expected plain, a folder of this machine, and at most 512"
+        ):
+            self_generate.self_generate(kept_with(config, **fields))
+    config = kept_with(config)
+    for fields in ({"branch": BranchConfig(exit_layer=99)}, {"cache": CacheConfig(enabled=True, top_tokens=10**6)}):
+        with pytest.raises(UserError, match=r"(exit_layer|top_tokens).*expected"):
+            self_generate.self_generate(dataclasses.replace(config, **fields))
+
+
 def test_two_processes_give_the_dataset_of_one(loaded, config, uninterrupted, monkeypatch):
     monkeypatch.setattr(self_generate, "_wait", wait_not_forever)
     with ThreadPoolExecutor(2) as pool:
@@ -400,9 +499,10 @@ def test_folders_and_files_that_cannot_be_used_are_refused(loaded, config, tmp_p
     with pytest.raises(UserError, match="line 2: not valid JSON"):
         self_generate.self_generate(with_fields(config, prompts=str(tmp_path / "bad.jsonl")))
     journal_of(config).parent.mkdir(parents=True)
-    journal_of(config).write_text("[]\n")
-    with pytest.raises(UserError, match="line 1: no line of a journal"):
-        self_generate.self_generate(config)
+    for line in ("[]", '{"index": 0, "tokens": [1], "ended": true, "features": [0, 1]}'):
+        journal_of(config).write_text(f"{line}\n")
+        with pytest.raises(UserError, match="line 1: no line of a journal"):
+            self_generate.self_generate(config)
 
 
 def test_a_model_without_a_template_cannot_write_prompts(loaded, config, engine, monkeypatch):
