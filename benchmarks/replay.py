@@ -35,7 +35,7 @@ from eesd_jax.decode.costs import RoundCosts
 from eesd_jax.decode.sources import lookup, ngrams
 from eesd_jax.decode.sources.bandit import Arms
 from eesd_jax.engine.engine import Engine
-from eesd_jax.engine.prompts import read_prompts
+from eesd_jax.engine.prompts import prompts_sha256, read_prompts
 from eesd_jax.errors import UserError
 from eesd_jax.weights import hub
 
@@ -197,7 +197,7 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--{flag} is missing; expected a {'file of prompts' if flag == 'prompts' else 'folder'}")
     journal = Journal.read(pathlib.Path(FLAGS.results).expanduser() / "runs.jsonl")
     conversations = read_prompts(FLAGS.prompts)[: journal.settings["conversations"]]
-    if benchmark.prompts_sha256(conversations) != journal.settings["prompts_sha256"]:
+    if prompts_sha256(conversations) != journal.settings["prompts_sha256"]:
         raise UserError(f"--prompts {FLAGS.prompts!r} is not what {FLAGS.results!r} was made with; expected the same file")
     cost, plain = find_cost(journal)
     engine = eesd_jax.load(FLAGS.model, exit_branch="none", ngrams=FLAGS.ngrams)

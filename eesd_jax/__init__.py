@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-import importlib.util
+import os
 from typing import TYPE_CHECKING, Any
 
 from eesd_jax.config import DecodeConfig, SamplingConfig
@@ -38,6 +38,6 @@ def load_kernels(platform: str) -> None:
 
     Nothing else imports them. So only programs for a CPU load LLVM, and the package works without its folder `kernels/`.
     """
-    rooms = (f"{__name__}.kernels", f"{__name__}.kernels.{platform}")
-    if all(importlib.util.find_spec(room) is not None for room in rooms):
-        importlib.import_module(rooms[-1])
+    # Of this package's own folder: what an editable installation knows of another copy does not count.
+    if os.path.isfile(os.path.join(__path__[0], "kernels", platform, "__init__.py")):
+        importlib.import_module(f"{__name__}.kernels.{platform}")

@@ -2,12 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy import special
 
-from eesd_jax.decode.state import RoundLog
+if TYPE_CHECKING:  # it imports JAX, which a command with a mistake in its flags does without
+    from eesd_jax.decode.state import RoundLog
 
 _COUNTS, _BELIEF = ("drafted", "accepted", "committed"), ("alpha", "beta")
 
@@ -41,7 +41,7 @@ class Rounds:
             object.__setattr__(self, "looked_up", np.zeros(len(self.drafted), bool))
 
     @classmethod
-    def of_row(cls, log: RoundLog, row: int) -> "Rounds":
+    def of_row(cls, log: "RoundLog", row: int) -> "Rounds":
         """Takes one row of a log that was fetched."""
         return cls(**{name: getattr(log, name)[row, : log.rounds[row]] for name in cls._names()})
 
@@ -85,6 +85,8 @@ class Rounds:
 
         It is as probably below the lower one as above the upper one.
         """
+        from scipy import special
+
         tail = (1 - probability) / 2
         return special.betaincinv(self.alpha, self.beta, tail), special.betaincinv(self.alpha, self.beta, 1 - tail)
 

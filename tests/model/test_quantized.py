@@ -216,6 +216,7 @@ def test_a_file_that_is_quantised_already_is_quantised_anew(tmp_path):
     engine = eesd_jax.load(str(file), dtype="float32", exit_branch="none", arms=["lookup"], quantize="int4")
     dense = eesd_jax.load(str(file), dtype="float32", exit_branch="none", arms=["lookup"])
     weight, read = engine.model.params["blocks"][0]["wq"], dense.model.params["blocks"][0]["wq"]
+    weight, read = stored.dense((weight, read))
     jax.tree.map(np.testing.assert_array_equal, weight, quantize(np.asarray(read), "int4"))
     assert stored.has_codes(engine.params) == bool(ops.pack_codes.kernels())
 

@@ -17,7 +17,7 @@ import eesd_jax
 from eesd_jax.model import llama
 
 lm = eesd_jax.load("tiny", dtype="float32", exit_branch="none", arms=["lookup"], max_draft=2)
-prompts = [[5, 9, 200, 5, 9, 200, 5], [7]]
+prompts = [[5, 9, 20, 5, 9, 20, 5], [7]]
 plain, drafted = (lm.generate_ids(prompts, seeds=[0, 0], max_new_tokens=24, controller=name) for name in ("plain", "fixed:2"))
 assert sum(text.accepted for text in drafted) > 0
 for prompt, one, other in zip(prompts, plain, drafted, strict=True):

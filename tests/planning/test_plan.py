@@ -102,11 +102,12 @@ def test_decode_programs_are_the_engines(engine, tmp_path):
     prefill, plain, eesd_round = programs.compile_decode(config, engine.model.config, jax.devices(), shape)
     assert [prefill.name, plain.name, eesd_round.name] == ["prefill", "plain step", "EESD round"]
     prompts, controller = [list(range(9))] * 2, engine.controller("beta")
-    for program, chosen, place in ((plain, None, 4), (eesd_round, controller, 7)):
+    for program, chosen, place in ((plain, None, 4), (eesd_round, controller, 1)):
         state = engine.prefill(prompts, [0, 1], 2, 20, chosen)
         assert places(program.arguments[place]) == places(state)
-    assert places(eesd_round.arguments[4]) == places(engine.params)
-    assert places(eesd_round.arguments[5]) == places(engine.branch)
+    spec = eesd_round.arguments[0]
+    assert places(spec.params) == places(engine.params)
+    assert places(spec.branch) == places(engine.branch)
     # A round verifies and drafts in a loop, so each further draft costs the blocks that draft.
     costs = [hlo.cost(eesd_round.compiled.as_text(), (1, drafts)) for drafts in (1, 2, 3)]
     assert costs[1].flops - costs[0].flops == costs[2].flops - costs[1].flops > 0

@@ -92,8 +92,8 @@ def test_a_second_input_is_kept_and_an_exit_at_0_with_it(tmp_path):
 def test_matrices_in_8_bits_are_read_as_what_they_stand_for(tmp_path):
     branch, info = write(tmp_path)
     save_branch(tmp_path, branch, info, in_bytes=True)
-    stored = load_file(tmp_path / TENSORS_NAME)
-    assert (stored["head"].dtype, stored["head.scale"].dtype, stored["norm"].dtype) == (np.int8, np.float16, np.float32)
+    tensors = load_file(tmp_path / TENSORS_NAME)
+    assert (tensors["head"].dtype, tensors["head.scale"].dtype, tensors["norm"].dtype) == (np.int8, np.float16, np.float32)
     expected = jax.tree.map(lambda leaf: stored.numbers(stored.rounded(leaf)) if leaf.ndim == 2 else leaf, branch)
     loaded = load_branch(str(tmp_path), CONFIG, PARAMS).branch
     assert_equal(loaded, expected)

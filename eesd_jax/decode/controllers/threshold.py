@@ -23,7 +23,7 @@ class Threshold(Controller):
         if not re.fullmatch(r"\d*\.?\d+", value or ""):
             raise ValueError
         if float(value) > 1:
-            raise ValueError("is no threshold; expected one from 0 to 1")
+            raise ValueError("is out of range; expected a threshold from 0 to 1")
         return float(value)
 
     @classmethod
