@@ -72,7 +72,8 @@ def _decode_plain(
 
 @functools.partial(jax.jit, donate_argnames=("state",))
 def _decode_speculative(spec: Speculation, state: DecodeState, max_steps: jax.Array) -> DecodeState:
-    return loop.decode(functools.partial(speculative.round_step, spec), state, max_steps)
+    state = loop.decode(functools.partial(speculative.round_step, spec), state, max_steps)
+    return state._replace(draft=state.draft._replace(probs=sharding.keep_rows_whole(state.draft.probs)))
 
 
 @dataclasses.dataclass

@@ -85,6 +85,17 @@ def mesh_of(array: jax.Array) -> Mesh | None:
     return home.mesh if isinstance(home, NamedSharding) and home.mesh.size > 1 else None
 
 
+def keep_rows_whole(x: jax.Array) -> jax.Array:
+    """Has the compiler leave an array [B, ...] of a program's results split along rows at most, as it was when the program was given it.
+
+    Left to itself, it may return it split as what it was computed from: then the next call, on what this one returned, is another program.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if mesh.size <= 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data" if mesh.shape["data"] > 1 else None)))
+
+
 def decode_rows_home(mesh: Mesh) -> NamedSharding:
     """Where rows lie in decoding: over `data` alone.
 
