@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The versions that were tested (requirements.lock); pyproject.toml has the lowest that are taken.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint requirements.lock
 
-.PHONY: demo test test-all test-planted test-demo test-notebooks parity report lint clean
+.PHONY: demo test test-slow test-all test-planted test-demo test-notebooks parity report lint clean
 
 demo: $(VENV)/.installed-run
 	$(BIN)/python infer/generate.py --compare --prompt="Why is the sky blue?" --max_new_tokens=128 --stream
@@ -18,9 +18,11 @@ AS_USERS := XLA_FLAGS=
 test: $(VENV)/.installed-test
 	$(PYTEST)
 
-# These and the long ones: planted bugs, the rest of the grids, several processes.
-test-all: $(VENV)/.installed-test
-	$(PYTEST) -m "not parity and not demo and not notebooks"
+# The long ones alone: planted bugs, the rest of the grids, several processes, mutated files and command lines, kills.
+test-slow: $(VENV)/.installed-test
+	$(PYTEST) --dist=load -m "slow and not parity and not demo and not notebooks"
+
+test-all: test test-slow
 
 # The planted bugs alone, which must be seen.
 test-planted: $(VENV)/.installed-test

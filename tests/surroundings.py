@@ -1,8 +1,8 @@
 """What stands in the environment of tests and of the processes that they start; it must be there before jax is imported.
 
 A test compiles far longer than it runs. XLA is therefore told to compile quickly, and what it has compiled is kept for the run:
-for all of its processes, and after `jax.clear_caches()`. Whoever sets XLA_FLAGS, also to nothing, gets what those say: CI runs
-`make test` with the programs that users run.
+for all of its processes, and after `jax.clear_caches()`. Whoever sets XLA_FLAGS, also to nothing, gets what those say:
+`XLA_FLAGS= make test` runs the programs that users run.
 """
 
 import os
