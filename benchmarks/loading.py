@@ -137,7 +137,8 @@ def load_as(process: int, processes: int, folder: pathlib.Path, sizes: dict[str,
     replaced = [
         (jax, "make_array_from_callback", make),
         (load, "_move", lambda parts, placement: parts),
-        (Mesh, "is_multi_process", True),
+        # A property, which counts more than what a mesh of these devices may have found of itself before.
+        (Mesh, "is_multi_process", property(lambda _: True)),
         (safetensors.StoredTensor, "__getitem__", get),
     ]
     before = [getattr(owner, name) if owner is not Mesh else Mesh.__dict__[name] for owner, name, _ in replaced]

@@ -310,8 +310,12 @@ def open_answers(engine: "Engine", settings: dict[str, Any], conversations: Sequ
     elif not FLAGS.output:
         answers = answer_file.AnswerLines(sys.stdout, "stdout", order)
     elif not files.is_plain(files.expand(FLAGS.output)):
-        with open(files.expand(FLAGS.output), "w", encoding="utf-8") as file:
+        file = open(files.expand(FLAGS.output), "w", encoding="utf-8")  # noqa: SIM115  closed below
+        try:
             yield answer_file.AnswerLines(file, repr(FLAGS.output), order)
+        finally:
+            with contextlib.suppress(OSError):  # every line is flushed; what could not be written has been said
+                file.close()
         return
     else:
         answers = answer_file.AnswerFile(FLAGS.output, settings, order)

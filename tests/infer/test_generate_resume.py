@@ -316,7 +316,7 @@ def test_killed_at_twenty_random_moments_nothing_is_lost_and_nothing_done_twice(
     assert {place: last[place] for place in before} == before
     assert [line | {"seconds": 0} for line in last.values()] == [line | {"seconds": 0} for line in whole.values()]
     assert list(last) == [(record["id"], turn) for record in MANY for turn in range(len(record["turns"]))]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "many.jsonl", OUTPUT]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name != "cache") == ["many.jsonl", OUTPUT]
 
 
 @pytest.mark.slow
